@@ -1,0 +1,73 @@
+"""Semantic names: grammar, index, resolver, ranking. Pure: no I/O, no clock, no randomness."""
+
+from meshd_naming.errors import (
+    BadConstraint,
+    BadLabel,
+    BadNode,
+    BadOperator,
+    BadValue,
+    EmptyName,
+    MalformedName,
+    MissingSuffix,
+    NamingError,
+    NotBare,
+    NotServed,
+    TooLong,
+    UnknownField,
+    UnknownKind,
+    WildcardNotAllowed,
+)
+from meshd_naming.fields import FIELDS, Constraint, FieldType, Operator
+from meshd_naming.grammar import Kind, Name, parse_capability_name, parse_name, parse_query
+from meshd_naming.index import Index
+from meshd_naming.offers import Offer, offer_from_descriptor
+from meshd_naming.resolver import (
+    Candidate,
+    LeftOut,
+    Match,
+    PeerState,
+    Reach,
+    Resolution,
+    ResolveOptions,
+    Resolver,
+    States,
+)
+
+__all__ = [
+    "FIELDS",
+    "BadConstraint",
+    "BadLabel",
+    "BadNode",
+    "BadOperator",
+    "BadValue",
+    "Candidate",
+    "Constraint",
+    "EmptyName",
+    "FieldType",
+    "Index",
+    "Kind",
+    "LeftOut",
+    "MalformedName",
+    "Match",
+    "MissingSuffix",
+    "Name",
+    "NamingError",
+    "NotBare",
+    "NotServed",
+    "Offer",
+    "Operator",
+    "PeerState",
+    "Reach",
+    "Resolution",
+    "ResolveOptions",
+    "Resolver",
+    "States",
+    "TooLong",
+    "UnknownField",
+    "UnknownKind",
+    "WildcardNotAllowed",
+    "offer_from_descriptor",
+    "parse_capability_name",
+    "parse_name",
+    "parse_query",
+]

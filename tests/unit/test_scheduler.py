@@ -1,0 +1,259 @@
+"""The order of candidates: classes, expected time, honesty about age, failures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.unit.support_naming import node, offer
+from tests.unit.support_scheduler import Setting, lost_share
+
+from meshd.core.scheduler import (
+    POLICIES,
+    Choice,
+    Demand,
+    ExpectedTimePolicy,
+    InFlight,
+    Key,
+    Load,
+    PeerHealth,
+    Policy,
+    Scheduler,
+    SchedulerConfig,
+    View,
+)
+from meshd_cms.types import NodeId
+from meshd_naming import Candidate, Match
+from meshd_plugins.api import Rates
+
+NAME = "knowledge.gpt/general"
+
+
+def candidate(
+    number: int,
+    *,
+    decode: float = 20.0,
+    slots: int = 2,
+    match: Match = Match.EXACT,
+    local: bool = False,
+) -> Candidate:
+    one = offer(number, NAME, decode=decode, slots=slots)
+    return Candidate(one, match, 0, one.weight, 1.0, local)
+
+
+def key(number: int) -> Key:
+    return node(number), NAME
+
+
+def ordered(
+    *candidates: Candidate,
+    loads: Mapping[int, Load] | None = None,
+    scheduler: Scheduler | None = None,
+    round_trips: Mapping[NodeId, float] | None = None,
+    demand: Demand = Demand(),  # noqa: B008 (frozen)
+    now_s: float = 100.0,
+) -> tuple[Choice, ...]:
+    known = {key(number): load for number, load in (loads or {}).items()}
+    scheduler = scheduler or Scheduler(ExpectedTimePolicy(), SchedulerConfig(), Random(7))
+    links = round_trips or {}
+    return scheduler.order(candidates, demand, known.get, links.get, now_s)
+
+
+def first(choices: tuple[Choice, ...]) -> int:
+    return int.from_bytes(choices[0].candidate.offer.owner, "big")
+
+
+def test_the_faster_of_two_idle_peers_comes_first() -> None:
+    idle = {1: Load(0), 2: Load(0)}
+    choices = ordered(candidate(1, decode=12.0), candidate(2, decode=60.0), loads=idle)
+    assert first(choices) == 2
+    assert choices[0].total_s == pytest.approx(0.005 + 64 / 600 + 128 / 60)
+    assert choices[0].first_s == pytest.approx(0.005 + 64 / 600)
+
+
+def test_a_fast_peer_with_a_queue_gives_way_to_a_slower_idle_one() -> None:
+    pair = (candidate(1, decode=30.0, slots=1), candidate(2, decode=20.0, slots=1))
+    queue = Load(1, queued=2, queue_max=8)
+    assert first(ordered(*pair, loads={1: queue, 2: Load(0)})) == 2
+    assert first(ordered(*pair, loads={1: Load(0), 2: queue})) == 1
+
+
+def test_queued_tokens_count_when_they_say_more_than_the_queue() -> None:
+    pair = (candidate(1, slots=2), candidate(2, slots=2))
+    long = Load(2, queued=1, queue_max=8, queued_tokens=4000)
+    short = replace(long, queued_tokens=10)
+    assert first(ordered(*pair, loads={1: long, 2: short})) == 2
+
+
+def test_own_requests_since_the_sample_count() -> None:
+    scheduler = Scheduler(ExpectedTimePolicy(), SchedulerConfig(), Random(7))
+    pair = (candidate(1, slots=1), candidate(2, slots=1))
+    loads = {1: Load(0, age_s=1.0), 2: Load(0, age_s=1.0)}
+    token = scheduler.in_flight.begin(key(1), 99.5)
+    choices = ordered(*pair, loads=loads, scheduler=scheduler)
+    assert first(choices) == 2
+    assert choices[1].last_resort, "its only slot is ours"
+    scheduler.in_flight.finish(token, 99.8)
+    assert not any(one.last_resort for one in ordered(*pair, loads=loads, scheduler=scheduler))
+
+
+def test_own_requests_that_the_sample_saw_and_that_ended_are_taken_off() -> None:
+    counts = InFlight()
+    seen, unseen = counts.begin(key(1), 10.0), counts.begin(key(1), 20.0)
+    assert (counts.count(key(1)), counts.since(key(1), 15.0)) == (2, 1)
+    counts.finish(seen, 21.0)
+    assert counts.since(key(1), 15.0) == 0
+    counts.finish(unseen, 22.0)
+    assert (counts.count(key(1)), counts.since(key(1), 15.0)) == (0, -1)
+    assert counts.since(key(1), 30.0) == 0
+    with pytest.raises(KeyError):
+        counts.finish(seen, 23.0)
+
+
+def test_a_lower_class_is_for_when_the_higher_ones_are_full_or_failing() -> None:
+    exact, general = candidate(1, slots=1), candidate(2, decode=500.0, match=Match.GENERAL)
+    loads = {1: Load(0), 2: Load(0)}
+    assert first(ordered(exact, general, loads=loads)) == 1, "however much faster the other is"
+    loads[1] = Load(1, queue_max=4)
+    assert first(ordered(exact, general, loads=loads)) == 1, "it still takes work"
+    loads[1] = Load(1)
+    choices = ordered(exact, general, loads=loads)
+    assert first(choices) == 2
+    assert (choices[1].candidate, choices[1].last_resort) == (exact, True)
+    loads[2] = Load(2)
+    assert first(ordered(exact, general, loads=loads)) == 1, "all full: the best class again"
+
+
+def test_failures_push_back_and_are_forgotten() -> None:
+    scheduler = Scheduler(ExpectedTimePolicy(), SchedulerConfig(), Random(7))
+    exact, general = candidate(1), candidate(2, match=Match.GENERAL)
+    for _ in range(3):
+        scheduler.health.failed(key(1), 100.0)
+    choices = ordered(exact, general, scheduler=scheduler)
+    assert first(choices) == 2
+    assert "3.0 recent failures" in choices[1].reason
+    assert first(ordered(exact, general, scheduler=scheduler, now_s=200.0)) == 1
+
+
+def test_health_decays_and_success_forgives() -> None:
+    health = PeerHealth(SchedulerConfig(failure_memory_s=10.0))
+    assert health.score(key(1), 0.0) == 0.0
+    health.failed(key(1), 0.0)
+    assert health.score(key(1), 10.0) == pytest.approx(0.3679, abs=1e-3)
+    health.failed(key(1), 10.0)
+    assert health.score(key(1), 10.0) == pytest.approx(1.3679, abs=1e-3)
+    for _ in range(10):
+        health.succeeded(key(1), 10.0)
+    assert health.score(key(1), 10.0) == 0.0
+
+
+def test_one_failure_outweighs_a_small_gain() -> None:
+    scheduler = Scheduler(ExpectedTimePolicy(), SchedulerConfig(), Random(7))
+    scheduler.health.failed(key(1), 100.0)
+    pair = (candidate(1, decode=30.0), candidate(2, decode=20.0))
+    assert first(ordered(*pair, scheduler=scheduler, loads={1: Load(0), 2: Load(0)})) == 2
+
+
+def test_this_node_wins_over_an_equal_peer_and_a_near_peer_over_a_far_one() -> None:
+    loads = {1: Load(0), 2: Load(0)}
+    assert first(ordered(candidate(1), candidate(2, local=True), loads=loads)) == 2
+    links = {node(1): 0.5, node(2): 0.01}
+    assert first(ordered(candidate(1), candidate(2), loads=loads, round_trips=links)) == 2
+
+
+def test_a_batch_shares_the_rate_that_was_measured_for_it() -> None:
+    rates = Rates(1000.0, 20.0, {1: 20.0, 4: 40.0})
+    one = candidate(1, slots=4)
+    batched = one._replace(offer=replace(one.offer, rates=rates))
+    busy = ordered(batched, loads={1: Load(3)}, demand=Demand(0, 100))
+    idle = ordered(batched, loads={1: Load(0)}, demand=Demand(0, 100))
+    assert idle[0].total_s == pytest.approx(0.005 + 100 / 20)
+    assert busy[0].total_s == pytest.approx(0.005 + 100 / 10)
+
+
+def test_what_has_no_tokens_or_was_never_measured_has_a_finite_cost() -> None:
+    calculator = candidate(1, decode=0.0)
+    unmeasured = candidate(2)._replace(offer=replace(candidate(2).offer, rates=Rates()))
+    choices = ordered(calculator, unmeasured)
+    assert first(choices) == 1
+    assert 0.0 < choices[0].total_s < choices[1].total_s < 60.0
+
+
+def test_equals_share_the_work_and_stale_load_spreads_it() -> None:
+    def firsts(age_s: float) -> int:
+        scheduler = Scheduler(ExpectedTimePolicy(), SchedulerConfig(), Random(7))
+        pair = (candidate(1, decode=20.0), candidate(2, decode=22.0))
+        loads = {1: Load(0, age_s=age_s), 2: Load(0, age_s=age_s)}
+        return sum(first(ordered(*pair, loads=loads, scheduler=scheduler)) == 1 for _ in range(200))
+
+    assert firsts(0.0) == 0, "what is known is used"
+    assert 40 <= firsts(60.0) <= 100, "what is not known spreads"
+
+
+def test_the_reason_says_what_was_expected_and_how_old_it_is() -> None:
+    reason = ordered(candidate(1), loads={1: Load(1, age_s=0.4)})[0].reason
+    assert "expected_time: expected" in reason
+    assert "1 of 2 slots taken, known 0.4 s ago" in reason
+    assert "exact match; 20 tok/s decode" in reason
+
+
+@given(
+    st.sampled_from(sorted(POLICIES)),
+    st.lists(st.tuples(st.sampled_from(Match), st.integers(0, 4), st.floats(0, 60)), max_size=8),
+    st.integers(0, 2**16),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_policy_returns_each_candidate_once_and_the_same_for_the_same_seed(
+    policy: str, places: list[tuple[Match, int, float]], seed: int
+) -> None:
+    candidates = [candidate(n, match=match) for n, (match, _, _) in enumerate(places)]
+    loads = {n: Load(busy, age_s=age) for n, (_, busy, age) in enumerate(places)}
+
+    def run() -> tuple[Choice, ...]:
+        scheduler = Scheduler(POLICIES[policy], SchedulerConfig(), Random(seed))
+        return ordered(*candidates, loads=loads, scheduler=scheduler)
+
+    choices = run()
+    assert run() == choices
+    assert sorted(one.candidate.offer.owner for one in choices) == sorted(
+        one.offer.owner for one in candidates
+    )
+    hopeful = [one.candidate.priority for one in choices if not one.last_resort]
+    assert hopeful == sorted(hopeful)
+    assert [one.last_resort for one in choices] == sorted(one.last_resort for one in choices)
+
+
+def test_weighted_follows_the_weights() -> None:
+    views = [View(candidate(1, decode=30.0), None), View(candidate(2, decode=10.0), None)]
+    rng = Random(7)
+    orders = [POLICIES["weighted"].order(views, Demand(), rng) for _ in range(1000)]
+    heavy = sum(order[0].view is views[0] for order in orders)
+    assert 700 <= heavy <= 800
+
+
+def test_two_choices_and_load_aware_prefer_the_less_utilised() -> None:
+    busy, idle = View(candidate(1), Load(2, queue_max=1)), View(candidate(2), Load(0))
+    for name in ("p2c", "load_aware"):
+        assert [one.view for one in POLICIES[name].order([busy, idle], Demand(), Random(7))] == [
+            idle,
+            busy,
+        ]
+
+
+@pytest.mark.parametrize("refresh_s", [0.5, 5.0, 30.0])
+def test_stale_load_does_not_make_a_herd(refresh_s: float) -> None:
+    """With eight entry points and at every staleness: better than random with two retries."""
+
+    def lost(policy: Policy, attempts: int, *, gossip: bool) -> float:
+        shares = (
+            lost_share(Setting(policy, attempts, refresh_s, seed, gossip=gossip)) for seed in (1, 2)
+        )
+        return sum(shares) / 2
+
+    baseline = lost(POLICIES["random"], 3, gossip=False)
+    assert lost(POLICIES["expected_time"], 2, gossip=True) < baseline
+    assert 0.04 < baseline < 0.2, "the setting is loaded, and not hopeless"
