@@ -1,0 +1,1 @@
+"""The capabilities that come with meshd; they use the same hooks as any other plugin."""
