@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
-import psutil  # type: ignore[import-untyped]  # no stubs are installed for mypy
+import psutil
 
 from meshd_plugins.api import PluginConfigError, PluginContext, Value
 from meshd_plugins.builtin.hardware.board import read_board

@@ -1,0 +1,408 @@
+"""The sections of the configuration: one frozen dataclass each, described field by field.
+
+A default is what a node in a home or lab network needs; a machine with nothing configured runs well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from meshd.config.fields import about
+from meshd_plugins.api import Value
+
+_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_LABEL_MEANS = "1 to 63 of a-z, 0-9 and '-', not at either end"
+_HOST_PORT = r"(\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]|[^\s:\[\]]+):[0-9]{1,5}"
+
+
+class Preset(StrEnum):
+    """What kind of network and device the timers are for."""
+
+    LAN = "lan"
+    WAN = "wan"
+    LOCAL = "local"
+    CONSTRAINED = "constrained"
+
+
+class LogLevel(StrEnum):
+    """The least severe line that is written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(StrEnum):
+    """How a line looks."""
+
+    AUTO = "auto"
+    CONSOLE = "console"
+    JSON = "json"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSection:
+    """Who this node is."""
+
+    name: str = field(
+        default="node",
+        metadata=about(
+            "Name of this node, for people and for names such as computation.gpt/arithmetic@NAME.",
+            pattern=_LABEL,
+            pattern_means=_LABEL_MEANS,
+            derived="the host name, in lower case, up to its first dot",
+        ),
+    )
+    zone: str = field(
+        default="",
+        metadata=about(
+            "Where it stands: a room, a lab, a site. Names can ask for it (zone=lab). Empty: nowhere.",
+            pattern=f"({_LABEL})?",
+            pattern_means=f"empty, or {_LABEL_MEANS}",
+        ),
+    )
+    labels: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            "Anything else that is true of it, announced to the mesh. At most 16 are kept in a record.",
+            pattern=_LABEL,
+            pattern_means=_LABEL_MEANS,
+            maximum=16,
+        ),
+    )
+    state_dir: Path = field(
+        default=Path("/var/lib/meshd"),
+        metadata=about(
+            "Folder for keys, catalogue, remembered peers and plugin state. Only its owner can read it.",
+            derived="STATE_DIRECTORY from systemd; /var/lib/meshd for root and for the user that owns"
+            " it; otherwise meshd in XDG_STATE_HOME",
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ListenSection:
+    """Where other nodes reach this one: UDP and TCP on the same port."""
+
+    host: str = field(
+        default="0.0.0.0",  # noqa: S104 - peers must reach it; nothing is answered without mesh keys
+        metadata=about(
+            "Address to listen on. 0.0.0.0 is every IPv4 interface. Only holders of the mesh's keys are"
+            " answered.",
+            pattern=r"[^\s/]+",
+            pattern_means="an IP address",
+        ),
+    )
+    port: int = field(
+        default=7946,
+        metadata=about("UDP and TCP port. 0 takes any free one.", minimum=0, maximum=65535),
+    )
+    advertise: str = field(
+        default="",
+        metadata=about(
+            "IP address that peers are told to use, where the one found is wrong (several networks,"
+            " address translation). Empty: found by itself.",
+            pattern=r"[0-9A-Fa-f:.]*",
+            pattern_means="empty or an IP address",
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DiscoverySection:
+    """How a first peer is found. Losing all of it never loses members."""
+
+    mdns: bool = field(
+        default=True,
+        metadata=about("Announce this node and look for others by multicast DNS (_meshd._tcp)."),
+    )
+    interfaces: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            "Interfaces or IP addresses that multicast uses. Empty: all that are up.",
+            pattern=r"[^\s/]+",
+            pattern_means="an interface's name or an IP address",
+        ),
+    )
+    announce_models: bool = field(
+        default=True,
+        metadata=about(
+            "Put served names and a coarse load into the announcement, for everybody on the link to"
+            " read. Without it only an opaque tag of the mesh is seen.",
+            derived="true with gossip.preset lan and local, false with wan and constrained",
+        ),
+    )
+    seeds: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            'Peers to contact at start, as "host:port", for networks where multicast does not pass.',
+            pattern=_HOST_PORT,
+            pattern_means='"host:port" or "[ipv6]:port"',
+        ),
+    )
+    remember: bool = field(
+        default=True,
+        metadata=about("Contact the peers of the last run at start. They are kept in state_dir."),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GossipSection:
+    """How fast membership notices things, and what that costs."""
+
+    preset: Preset = field(
+        default=Preset.LAN,
+        metadata=about(
+            "Timers for a kind of network: lan (home, lab), wan (slow links: more patience), local"
+            " (several nodes on one machine: quick), constrained (battery or radio: fewer packets,"
+            " slower to notice)."
+        ),
+    )
+    overrides: Mapping[str, Value] = field(
+        default_factory=dict[str, Value],
+        metadata=about(
+            "Table [gossip.overrides]: single timers that differ from the preset, by the names that"
+            " `meshd config show` prints. For experiments; all nodes of a mesh should agree."
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSection:
+    """The OpenAI-compatible API and the mesh API, for programs on this machine."""
+
+    host: str = field(
+        default="127.0.0.1",
+        metadata=about(
+            "Loopback address to listen on. Others are refused as long as there are no API keys; from"
+            " another machine use a tunnel, such as ssh -L.",
+            pattern=r"127\.\d{1,3}\.\d{1,3}\.\d{1,3}|::1|localhost",
+            pattern_means="a loopback address (127.0.0.1, ::1 or localhost)",
+        ),
+    )
+    port: int = field(
+        default=8642,
+        metadata=about("TCP port. 0 takes any free one.", minimum=0, maximum=65535),
+    )
+    socket: Path = field(
+        default=Path("/run/meshd/meshd.sock"),
+        metadata=about(
+            "Unix socket of the same API; the command line uses it. At most 107 bytes long.",
+            derived="meshd.sock in RUNTIME_DIRECTORY from systemd, in node.state_dir where that is set,"
+            " in /run/meshd for root, in XDG_RUNTIME_DIR, or else in node.state_dir",
+        ),
+    )
+    socket_group: str = field(
+        default="meshd",
+        metadata=about(
+            "Group that may use the socket (mode 0660), where it exists and the daemon may give it away."
+        ),
+    )
+    request_bytes_max: int = field(
+        default=1_048_576,
+        metadata=about(
+            "Bytes of a request body. Raising it allows longer prompts and costs memory for each"
+            " request in flight. Not above limits.request_bytes_max.",
+            minimum=1024,
+            maximum=67_108_864,
+        ),
+    )
+    connections_max: int = field(
+        default=256,
+        metadata=about(
+            "Connections at once; further ones wait. Raising it costs about 50 kB each.",
+            minimum=1,
+            maximum=65_536,
+        ),
+    )
+    keep_alive_s: float = field(
+        default=60.0,
+        metadata=about(
+            "Seconds an idle connection is kept. Raising it saves reconnects and holds connections.",
+            minimum=0.0,
+            maximum=86_400.0,
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsSection:
+    """Bounds on work. Beyond them a request is refused at once, and the caller asks elsewhere."""
+
+    request_bytes_max: int = field(
+        default=4_194_304,
+        metadata=about(
+            "Bytes of one request from a peer. Raising it costs memory for each request in flight.",
+            minimum=1024,
+            maximum=67_108_864,
+        ),
+    )
+    requests_max: int = field(
+        default=256,
+        metadata=about(
+            "Requests in flight in this daemon, its own and those of peers.",
+            minimum=1,
+            maximum=65_536,
+        ),
+    )
+    queue_max: int = field(
+        default=16,
+        metadata=about(
+            "Requests that wait for a slot of one capability. Raising it trades refusals, which other"
+            " nodes could serve, for waiting here. 0: never wait.",
+            minimum=0,
+            maximum=4096,
+        ),
+    )
+    hops_max: int = field(
+        default=4,
+        metadata=about(
+            "Times a request is forwarded before it is refused as going in circles.",
+            minimum=1,
+            maximum=16,
+        ),
+    )
+    attempts_max: int = field(
+        default=3,
+        metadata=about(
+            "Peers that are tried for one subtask. Raising it answers more often and later.",
+            minimum=1,
+            maximum=16,
+        ),
+    )
+    deadline_s: float = field(
+        default=120.0,
+        metadata=about(
+            "Seconds for a whole request when the caller gives none.", minimum=0.1, maximum=86_400.0
+        ),
+    )
+    deadline_max_s: float = field(
+        default=600.0,
+        metadata=about(
+            "Seconds that a caller may ask for at most. Raising it lets slow requests hold slots.",
+            minimum=0.1,
+            maximum=86_400.0,
+        ),
+    )
+    first_piece_s: float = field(
+        default=30.0,
+        metadata=about(
+            "Seconds without a first piece before a peer counts as hung and another is asked. Raising"
+            " it helps devices that take long over a prompt.",
+            minimum=0.1,
+            maximum=3600.0,
+        ),
+    )
+    between_pieces_s: float = field(
+        default=15.0,
+        metadata=about(
+            "Seconds between two pieces of an answer before a peer counts as hung.",
+            minimum=0.1,
+            maximum=3600.0,
+        ),
+    )
+    stop_s: float = field(
+        default=10.0,
+        metadata=about(
+            "Seconds that running requests get to finish when the daemon is stopped. systemd kills it"
+            " after TimeoutStopSec (30 s in our unit): keep it well below.",
+            minimum=0.0,
+            maximum=3600.0,
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LogSection:
+    """Logs go to standard error; under systemd that is the journal."""
+
+    level: LogLevel = field(
+        default=LogLevel.INFO,
+        metadata=about("Least severe line written: debug, info, warning or error."),
+    )
+    format: LogFormat = field(
+        default=LogFormat.AUTO,
+        metadata=about(
+            "console (for people), json (a line each, for machines), or auto: console on a terminal,"
+            " otherwise json."
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StorageSection:
+    """What is written to disk, and how often."""
+
+    snapshot_interval_s: float = field(
+        default=60.0,
+        metadata=about(
+            "Seconds between two snapshots of the catalogue, when it has changed. Raising it spares"
+            " flash; what a power cut loses is repaired from peers.",
+            minimum=1.0,
+            maximum=86_400.0,
+        ),
+    )
+    remembered_peers_max: int = field(
+        default=64,
+        metadata=about("Peers remembered for the next start.", minimum=1, maximum=4096),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PluginsSection:
+    """Which plugins run. Each may have a table of its own, [plugins.NAME], which it checks itself."""
+
+    enable: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            "Plugins to load, and no others. Empty: all that are installed, except echo, which is for"
+            " measurements. hardware costs little and tells the mesh what this device is.",
+            pattern=r"\S+",
+            pattern_means="a plugin's name",
+        ),
+    )
+    disable: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            "Plugins not to load, whatever enable says.",
+            pattern=r"\S+",
+            pattern_means="a plugin's name",
+        ),
+    )
+    tables: Mapping[str, Mapping[str, Value]] = field(
+        default_factory=dict[str, Mapping[str, Value]],
+        metadata=about("The tables [plugins.NAME], by name, as written."),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings in force. `origins` maps "section.key" to where the value came from."""
+
+    node: NodeSection = field(default_factory=NodeSection)
+    listen: ListenSection = field(default_factory=ListenSection)
+    discovery: DiscoverySection = field(default_factory=DiscoverySection)
+    gossip: GossipSection = field(default_factory=GossipSection)
+    http: HttpSection = field(default_factory=HttpSection)
+    limits: LimitsSection = field(default_factory=LimitsSection)
+    log: LogSection = field(default_factory=LogSection)
+    storage: StorageSection = field(default_factory=StorageSection)
+    plugins: PluginsSection = field(default_factory=PluginsSection)
+    origins: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+SECTIONS = {
+    "node": NodeSection,
+    "listen": ListenSection,
+    "discovery": DiscoverySection,
+    "gossip": GossipSection,
+    "http": HttpSection,
+    "limits": LimitsSection,
+    "log": LogSection,
+    "storage": StorageSection,
+    "plugins": PluginsSection,
+}

@@ -1,0 +1,402 @@
+"""The node core: membership, rumours, anti-entropy and soft state of one node, composed.
+
+Invariants:
+
+* The core is told the time and never goes back in it; the same calls give the same effects, byte for byte.
+* `receive` never raises on what a peer sent: a payload that is malformed as a whole or in part is counted and
+  changes nothing.
+* Only we speak for ourselves: a claim about us that is not ours is answered with a higher incarnation, or a
+  higher epoch where no incarnation helps.
+* A timer that fires late means that this process stood still, not that the others were silent: all timers
+  are moved by what was lost, and our health is the worse for it.
+
+The parts: `membership` (the table and its order of claims), `suspicion` (how long a suspect has), `probes`
+(SWIM's detector), `dissemination` (rumours), `repair` (Scuttlebutt), `joining` (first contacts), `soft_lane`
+(load). Here they are wired: what is heard of a member goes to the table, what the table says goes to the rest.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import assert_never
+
+from meshd.core.claims import Claims
+from meshd.core.config import GossipConfig
+from meshd.core.context import Context, Peer
+from meshd.core.dissemination import Rumours
+from meshd.core.effects import Address, Effect, Lane
+from meshd.core.joining import Joining
+from meshd.core.membership import LocalNode, Member, MemberState, MemberView, Update
+from meshd.core.probes import Prober
+from meshd.core.repair import Repair
+from meshd.core.soft_lane import SoftLane
+from meshd.core.wire import (
+    Ack,
+    Claim,
+    Digest,
+    Join,
+    JoinAnswer,
+    JoinLater,
+    Message,
+    Nack,
+    Ping,
+    PingRequest,
+    Pull,
+    Record,
+    Soft,
+    View,
+    decode,
+)
+from meshd_cms.errors import CodecError
+from meshd_cms.soft import SoftItem, SoftState
+from meshd_cms.store import Store
+from meshd_cms.types import Delta, Epoch, NodeId, Value
+
+_SWEEP_S = 1.0  # how often members gone for long are looked for
+
+
+class NodeCore:
+    """One node. Synchronous; one owner; each call returns the effects to carry out, in order.
+
+    Args:
+        config: the knobs; see `config.lan` and the other presets.
+        me: what this node is made known as.
+        store: the records, ours among them; from now on only this core writes to it.
+        rng: the only randomness used.
+    """
+
+    def __init__(
+        self, config: GossipConfig, me: LocalNode, store: Store, rng: random.Random
+    ) -> None:
+        self.config = config
+        context = self._context = Context(config, me, store, rng)
+        self._soft = SoftLane(context)
+        self._rumours = Rumours(context)
+        self._prober = Prober(
+            context, self._rumours, self._suspect, self._stream_evidence, self._soft.riding
+        )
+        self._claims = Claims(context, self._rumours, self._prober, self._soft)
+        self._repair = Repair(context, self._rumours, self._claims.learn_own_epoch)
+        self._joining = Joining(context, self._repair)
+        self._claims.newcomer = self._repair.fetch
+        self._claims.came_back = self._repair.exchange
+        self._claims.alone = self._joining.alone
+
+    # -- the course of the time -------------------------------------------------------------------------
+
+    def start(self, now_s: float) -> tuple[Effect, ...]:
+        """Begin: timers run from now on."""
+        context = self._context
+        context.now_s = now_s
+        self._prober.start()
+        self._repair.start()
+        self._soft.start()
+        context.timers.at(now_s + _SWEEP_S, self._sweep)
+        return context.take_effects()
+
+    def deadline_s(self) -> float:
+        """When `advance` is due; `math.inf` before `start`. May lie in the past: then it is due now."""
+        return self._context.timers.deadline_s()
+
+    def advance(self, now_s: float) -> tuple[Effect, ...]:
+        """Fire every timer that is due. Take in what has arrived first: see the driver."""
+        context = self._context
+        self._at(now_s)
+        late_s = now_s - context.timers.deadline_s()
+        if late_s > self.config.stall_s:
+            context.count("stalls")
+            context.health.worse()
+            context.timers.postpone(late_s)
+        while (call := context.timers.pop_due(now_s)) is not None:
+            call()
+        return context.take_effects()
+
+    # -- our own state ----------------------------------------------------------------------------------
+
+    def set(self, key: str, value: Value, now_s: float) -> tuple[Effect, ...]:
+        """Write a key of our own record, and spread it.
+
+        Raises:
+            StoreError: the store refused it; nothing was changed.
+        """
+        self._at(now_s)
+        return self._wrote(self._context.store.set(key, value))
+
+    def delete(self, key: str, now_s: float) -> tuple[Effect, ...]:
+        """Delete a key of our own record, and spread that."""
+        self._at(now_s)
+        return self._wrote(self._context.store.delete(key))
+
+    def publish(self, key: str, value: Value, now_s: float) -> tuple[Effect, ...]:
+        """A soft reading of our own, such as "load".
+
+        Raises:
+            InvalidKey, ValueTooLarge: nothing was published.
+        """
+        self._at(now_s)
+        if not self._context.leaving:
+            self._soft.publish(key, value)
+        return self._context.take_effects()
+
+    def observe(
+        self,
+        owner: NodeId,
+        key: str,
+        epoch: Epoch,
+        seq: int,
+        value: Value,
+        age_s: float,
+        now_s: float,
+    ) -> tuple[Effect, ...]:
+        """A soft reading of another node, learnt outside gossip (in a reply)."""
+        self._at(now_s)
+        self._soft.observe(SoftItem(owner, epoch, seq, key, value, age_s))
+        return self._context.take_effects()
+
+    def update_address(self, address: Address, now_s: float) -> tuple[Effect, ...]:
+        """This node is reached elsewhere now: a new incarnation tells everybody."""
+        context = self._context
+        self._at(now_s)
+        if address != context.me.address and not context.leaving:
+            context.me = replace(context.me, address=address)
+            self._claims.announce(context.incarnation + 1)
+        return context.take_effects()
+
+    def join(self, addresses: Sequence[Address], now_s: float) -> tuple[Effect, ...]:
+        """Contact these addresses and keep trying, at a bounded rate, until there is a mesh."""
+        self._at(now_s)
+        if not self._context.leaving:
+            self._joining.contact(addresses)
+        return self._context.take_effects()
+
+    def leave(self, now_s: float) -> tuple[Effect, ...]:
+        """Say goodbye: final for this epoch. Drive the core for `config.leave_linger_s` more."""
+        context = self._context
+        self._at(now_s)
+        if context.leaving:
+            return context.take_effects()
+        context.leaving = True
+        context.timers.clear()  # nobody is probed, accused or told anything else any more
+        for copy in range(self.config.leave_copies):
+            context.timers.at(now_s + copy * self.config.leave_step_s, self._say_goodbye)
+        return self.advance(now_s)
+
+    # -- what comes in ----------------------------------------------------------------------------------
+
+    def receive(
+        self,
+        payload: bytes,
+        sender: NodeId,
+        sender_epoch: int,
+        source: Address,
+        lane: Lane,
+        now_s: float,
+    ) -> tuple[Effect, ...]:
+        """A payload from an authenticated member of the mesh, whatever it holds."""
+        context = self._context
+        self._at(now_s)
+        try:
+            messages = decode(payload)
+        except CodecError:
+            context.count("dropped_malformed")
+            return context.take_effects()
+        if sender == context.me.node:
+            self._receive_own(messages)
+        elif context.leaving:
+            context.count("dropped_leaving")
+        else:
+            member = context.members.get(sender)
+            # A stream has no source port of use, and what knows us by stream knows us as a member.
+            known = member is not None and lane is Lane.STREAM
+            peer = Peer(sender, member.address if member is not None and known else source)
+            if self._claims.on_sender(peer, sender, sender_epoch, messages):
+                self._dispatch(messages, sender, sender_epoch, peer)
+        return context.take_effects()
+
+    def stream_pinged(
+        self, token: int, ok: bool, now_s: float, *, refused: bool = False
+    ) -> tuple[Effect, ...]:
+        """A `StreamPing` ended. `refused`: the host answered that nobody listens there."""
+        self._at(now_s)
+        if refused:
+            self._context.count("stream_refusals")
+        if not self._context.leaving:
+            self._prober.on_stream_ping(token, ok=ok)
+        return self._context.take_effects()
+
+    def evidence_refused(self, address: Address, now_s: float) -> tuple[Effect, ...]:
+        """The operating system says that a host refused a datagram to this address."""
+        member = self._context.members.at_address(address)
+        if member is None:
+            self._at(now_s)
+            self._context.count("refusal_unknown")
+            return self._context.take_effects()
+        return self.refused(member.node, now_s)
+
+    def refused(self, node: NodeId, now_s: float) -> tuple[Effect, ...]:
+        """The host of this node refused a datagram: it is up, and the process is gone, or it is a lie.
+
+        The node is suspected at once. When a stream ping fails too it has `evidence_death_s` left to refute.
+        """
+        context = self._context
+        self._at(now_s)
+        member = context.members.get(node)
+        if member is not None and member.is_live and not member.refused and not context.leaving:
+            context.count("refusals")
+            member.refused = True
+            self._suspect(node)
+            self._prober.stream_ping(member)
+        return context.take_effects()
+
+    # -- reading ----------------------------------------------------------------------------------------
+
+    def members(self) -> tuple[MemberView, ...]:
+        """Every node that is listed, ourselves among them, by id."""
+        own = self._context.own_update()
+        views = [_view(member.update, member) for member in self._context.members]
+        views.append(replace(_view(own, None), is_self=True))
+        return tuple(sorted(views, key=lambda view: view.node))
+
+    def member(self, node: NodeId) -> MemberView | None:
+        """One of `members`."""
+        if node == self._context.me.node:
+            return replace(_view(self._context.own_update(), None), is_self=True)
+        member = self._context.members.get(node)
+        return None if member is None else _view(member.update, member)
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether another live member is known."""
+        return bool(self._context.members.live())
+
+    @property
+    def soft(self) -> SoftState:
+        """The soft readings, to read from."""
+        return self._soft.table
+
+    @property
+    def state_hash(self) -> bytes:
+        """Equal on two nodes that agree on the live members and hold the same records."""
+        return self._context.state_hash()
+
+    def statistics(self) -> Mapping[str, int]:
+        """Counters since the start, and gauges: `members_live`, `local_health`, `timers`, `rumours_queued`."""
+        context = self._context
+        return {
+            **dict(sorted(context.counters.items())),
+            "members_live": context.members.live_count(),
+            "local_health": context.health.score,
+            "timers": len(context.timers),
+            "rumours_queued": len(self._rumours),
+        }
+
+    # -- inside -----------------------------------------------------------------------------------------
+
+    def _at(self, now_s: float) -> None:
+        self._context.now_s = max(self._context.now_s, now_s)
+
+    def _wrote(self, delta: Delta | None) -> tuple[Effect, ...]:
+        if delta is not None:
+            self._context.touch()
+            self._context.count("own_writes")
+            if not self._context.leaving:
+                self._rumours.start(Record(delta, rumour=True))
+        return self._context.take_effects()
+
+    def _receive_own(self, messages: tuple[Message, ...]) -> None:
+        self._context.count("dropped_own")
+        for message in messages:
+            if isinstance(message, Join):
+                self._joining.on_own_join(message)
+
+    def _dispatch(
+        self, messages: tuple[Message, ...], sender: NodeId, sender_epoch: int, peer: Peer
+    ) -> None:
+        for message in messages:
+            match message:
+                case Ping():
+                    self._prober.on_ping(message, peer)
+                case Ack():
+                    self._prober.on_ack(message, sender)
+                case PingRequest():
+                    self._prober.on_ping_request(message, peer)
+                case Nack():
+                    self._prober.on_nack(message)
+                case Claim():
+                    self._claims.on_claim(message, sender, peer)
+                case Record():
+                    self._repair.on_record(message, sender, peer)
+                case Digest():
+                    self._repair.on_digest(message, peer)
+                case View():
+                    self._repair.on_view(message, peer)
+                case Pull():
+                    self._repair.on_pull(message, peer)
+                case Join():
+                    if not self._joining.on_join(message, peer):
+                        return
+                case JoinAnswer():
+                    self._joining.on_answer(message, sender)
+                case JoinLater():
+                    self._joining.on_later(message)
+                case Soft(item):
+                    if item.owner == sender and item.epoch == sender_epoch:
+                        self._soft.observe(item)
+                    else:
+                        self._context.count("soft_not_by_owner")
+                case _:
+                    assert_never(message)
+        member = self._context.members.get(sender)
+        if member is None or member.update.epoch != sender_epoch:
+            return
+        for message in messages:
+            match message:
+                case Ping(heartbeat=heartbeat):
+                    self._repair.on_heartbeat(heartbeat, member)
+                case Ack(subject=subject, heartbeat=heartbeat) if subject == sender:
+                    self._repair.on_heartbeat(heartbeat, member)
+                case _:
+                    pass
+
+    def _suspect(self, node: NodeId) -> None:
+        """A probe of ours failed, or there is evidence."""
+        member = self._context.members.get(node)
+        if member is not None and member.is_live:
+            self._claims.accuse(member)
+
+    def _stream_evidence(self, node: NodeId, ok: bool) -> None:
+        member = self._context.members.get(node)
+        if member is None or not member.is_live:
+            return
+        if ok:
+            member.refused = False
+            if member.state is MemberState.SUSPECT:
+                self._prober.probe(member)
+        elif member.refused:
+            self._claims.hasten(member)
+
+    def _say_goodbye(self) -> None:
+        context = self._context
+        for member in context.members.live():
+            peer = Peer(member.node, member.address)
+            context.send(peer, [Claim(context.own_update(), merged=False)])
+
+    def _sweep(self) -> None:
+        self._claims.sweep()
+        context = self._context
+        context.timers.at(context.now_s + _SWEEP_S, self._sweep)
+
+
+def _view(update: Update, member: Member | None) -> MemberView:
+    return MemberView(
+        update.node,
+        update.name,
+        update.address,
+        update.state,
+        update.epoch,
+        update.incarnation,
+        0.0 if member is None else member.since_s,
+        None if member is None else member.round_trip_s,
+    )

@@ -1,0 +1,279 @@
+"""Sealed datagrams: authenticated encryption with one key per sender and epoch. Pure.
+
+Invariant: an `Opener` hands out each datagram at most once, only if it was sealed under a key of this
+mesh, and never one of an older epoch than the newest it has authenticated from that sender. What is
+not authentic changes nothing: no window moves, no sender is remembered, no cache entry is evicted.
+
+The wire, all integers big-endian (see docs/protocol.md and decision 0005)::
+
+    1 B format | 8 B mesh tag | 16 B sender | 8 B epoch | 8 B counter | ciphertext | 16 B AEAD tag
+    '------------------- associated data, in clear -------------------'
+
+The key is HKDF-SHA256(mesh datagram key, salt = mesh id, info = b"meshd datagram v1" + sender + epoch)
+and the nonce is the counter, so a pair (key, nonce) is used once as long as an epoch is used once: the
+owner of the epoch persists it before it seals. Everybody in the mesh holds the mesh datagram key, so a
+seal proves "a member sent this", not which one; what must be proof against members is signed (CMS).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from meshd_cms.types import Epoch, MeshId, NodeId
+
+FORMAT: Final = 1
+DATAGRAM_BYTES_MAX: Final = 1400
+"""One sealed datagram: fits an Ethernet or Wi-Fi frame with room for IPv6 and a tunnel."""
+KEY_BYTES: Final = 32
+COUNTER_MAX: Final = 2**64 - 1
+EPOCH_MAX: Final = 2**63 - 1
+WINDOW_BITS: Final = 1024
+SENDERS_MAX: Final = 4096
+"""Senders an `Opener` remembers; the least recently heard is forgotten above it."""
+
+_HEADER: Final = struct.Struct(">B8s16sQQ")
+_AEAD_TAG_BYTES: Final = 16
+_NONCE_PREFIX: Final = bytes(4)
+_WINDOW_MASK: Final = (1 << WINDOW_BITS) - 1
+OVERHEAD_BYTES: Final = _HEADER.size + _AEAD_TAG_BYTES
+DATAGRAM_PAYLOAD_BYTES_MAX: Final = DATAGRAM_BYTES_MAX - OVERHEAD_BYTES
+"""What is left for the protocol inside: 1,343 bytes."""
+
+
+class SealingError(Exception):
+    """Our own misuse of a `Sealer`; nothing was sealed and no counter was used.
+
+    SealingError
+      PayloadTooLarge     code payload_too_large
+      CounterExhausted    code counter_exhausted: a new epoch is needed
+    """
+
+    code = "sealing_error"
+
+
+class PayloadTooLarge(SealingError):
+    """The payload does not fit a datagram."""
+
+    code = "payload_too_large"
+
+
+class CounterExhausted(SealingError):
+    """The counter of this epoch would wrap; sealing again would reuse a nonce."""
+
+    code = "counter_exhausted"
+
+
+class DropReason(StrEnum):
+    """Why a datagram was not opened, in the order of the checks: cheap ones come before any crypto."""
+
+    TOO_SHORT = "too_short"
+    TOO_LONG = "too_long"
+    WRONG_FORMAT = "wrong_format"  # another format number, or an epoch that cannot be one
+    OTHER_MESH = "other_mesh"
+    OWN = "own"  # our own datagram came back
+    OLD_EPOCH = "old_epoch"  # an earlier life of that sender
+    REPLAYED = "replayed"  # seen already, or older than the window can tell
+    BAD_SEAL = "bad_seal"
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An authentic datagram, seen for the first time."""
+
+    sender: NodeId
+    epoch: Epoch
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A datagram that was ignored and counted."""
+
+    reason: DropReason
+
+
+def mesh_tag(mesh: MeshId) -> bytes:
+    """Eight bytes by which a mesh recognises its own without showing its id (also for mDNS TXT)."""
+    return hashlib.sha256(b"meshd mesh tag v1" + mesh).digest()[:8]
+
+
+def _sender_aead(key: bytes, mesh: MeshId, sender: NodeId, epoch: int) -> ChaCha20Poly1305:
+    info = b"meshd datagram v1" + sender + epoch.to_bytes(8, "big")
+    return ChaCha20Poly1305(HKDF(hashes.SHA256(), KEY_BYTES, salt=mesh, info=info).derive(key))
+
+
+class Sealer:
+    """Seals this node's datagrams.
+
+    `epoch` must never have been used by this node before: the shell persists it before it builds this.
+    """
+
+    def __init__(
+        self, key: bytes, mesh: MeshId, me: NodeId, epoch: Epoch, *, counter: int = 0
+    ) -> None:
+        assert len(key) == KEY_BYTES
+        self._key = key
+        self._mesh = mesh
+        self._me = me
+        self._tag = mesh_tag(mesh)
+        self.rekey(epoch)
+        self._counter = counter
+
+    def rekey(self, epoch: Epoch) -> None:
+        """Go on under a new epoch, with a new key and counter (the node's epoch was raised)."""
+        assert 1 <= epoch <= EPOCH_MAX
+        self._epoch = epoch
+        self._counter = 0
+        self._aead = _sender_aead(self._key, self._mesh, self._me, epoch)
+
+    def seal(self, payload: bytes) -> bytes:
+        """The datagram that carries `payload`: at most `DATAGRAM_BYTES_MAX` bytes.
+
+        Raises:
+            PayloadTooLarge: longer than `DATAGRAM_PAYLOAD_BYTES_MAX`.
+            CounterExhausted: 2**64 - 1 datagrams were sealed in this epoch.
+        """
+        if len(payload) > DATAGRAM_PAYLOAD_BYTES_MAX:
+            raise PayloadTooLarge(f"{len(payload)} bytes; at most {DATAGRAM_PAYLOAD_BYTES_MAX} fit")
+        if self._counter >= COUNTER_MAX:
+            raise CounterExhausted("the datagram counter would wrap: a new epoch is needed")
+        self._counter += 1
+        header = _HEADER.pack(FORMAT, self._tag, self._me, self._epoch, self._counter)
+        nonce = _NONCE_PREFIX + self._counter.to_bytes(8, "big")
+        return header + self._aead.encrypt(nonce, payload, header)
+
+
+@dataclass(slots=True)
+class _Sender:
+    """What is known of one authenticated sender. `seen` bit i: counter `highest - i` was opened."""
+
+    epoch: Epoch
+    aead: ChaCha20Poly1305
+    key: bytes  # the mesh key that `aead` was derived from
+    highest: int = 0
+    seen: int = 0
+
+    def is_fresh(self, counter: int) -> bool:
+        if counter > self.highest:
+            return True
+        behind = self.highest - counter
+        return behind < WINDOW_BITS and not self.seen >> behind & 1
+
+    def mark(self, counter: int) -> None:
+        ahead = counter - self.highest
+        if ahead > 0:
+            kept = self.seen << ahead if ahead < WINDOW_BITS else 0
+            self.seen = (kept | 1) & _WINDOW_MASK
+            self.highest = counter
+        else:
+            self.seen |= 1 << -ahead
+
+
+class Opener:
+    """Opens what other members sealed.
+
+    `keys` are the mesh datagram keys in force, the current one first; there is more than one only while
+    keys rotate. Memory: at most `senders_max` senders of about 400 bytes each. A sender forgotten for
+    that bound, or by a restart of this process, could have its datagrams of the newest epoch replayed
+    once; the protocols inside bear duplicates.
+    """
+
+    def __init__(
+        self, keys: Sequence[bytes], mesh: MeshId, me: NodeId, *, senders_max: int = SENDERS_MAX
+    ) -> None:
+        assert keys
+        assert senders_max >= 1
+        self._keys = tuple(keys)
+        self._mesh = mesh
+        self._me = me
+        self._tag = mesh_tag(mesh)
+        self._senders_max = senders_max
+        self._senders: OrderedDict[NodeId, _Sender] = OrderedDict()
+        self._opened = 0
+        self._drops: Counter[DropReason] = Counter()
+
+    def open(self, datagram: bytes) -> Opened | Dropped:
+        """The payload, or why there is none. Never raises, whatever the bytes."""
+        outcome = self._open(datagram)
+        match outcome:
+            case Opened():
+                self._opened += 1
+                return outcome
+            case DropReason():
+                self._drops[outcome] += 1
+                return Dropped(outcome)
+
+    def statistics(self) -> Mapping[str, int]:
+        """Counts since the start: `opened`, and every `DropReason` by its value."""
+        return {"opened": self._opened} | {
+            reason.value: self._drops[reason] for reason in DropReason
+        }
+
+    def _open(self, datagram: bytes) -> Opened | DropReason:
+        if len(datagram) < OVERHEAD_BYTES:
+            return DropReason.TOO_SHORT
+        if len(datagram) > DATAGRAM_BYTES_MAX:
+            return DropReason.TOO_LONG
+        form, tag, sender_bytes, epoch_number, counter = _HEADER.unpack_from(datagram)
+        if form != FORMAT or not 1 <= epoch_number <= EPOCH_MAX or counter == 0:
+            return DropReason.WRONG_FORMAT
+        if tag != self._tag:
+            return DropReason.OTHER_MESH
+        sender, epoch = NodeId(sender_bytes), Epoch(epoch_number)
+        if sender == self._me:
+            return DropReason.OWN
+        known = self._senders.get(sender)
+        if known is not None and epoch < known.epoch:
+            return DropReason.OLD_EPOCH
+        if known is not None and epoch == known.epoch:
+            if not known.is_fresh(counter):
+                return DropReason.REPLAYED
+            payload = _decrypt(known.aead, counter, datagram)
+            if payload is not None:
+                known.mark(counter)
+                self._senders.move_to_end(sender)
+                return Opened(sender, epoch, payload)
+        return self._open_under_another_key(datagram, sender, epoch, counter, known)
+
+    def _open_under_another_key(
+        self, datagram: bytes, sender: NodeId, epoch: Epoch, counter: int, known: _Sender | None
+    ) -> Opened | DropReason:
+        """First contact, a new epoch, or a rotated mesh key: derive, try, remember only on success."""
+        tried = known.key if known is not None and known.epoch == epoch else None
+        for key in self._keys:
+            if key == tried:
+                continue
+            aead = _sender_aead(key, self._mesh, sender, epoch)
+            payload = _decrypt(aead, counter, datagram)
+            if payload is None:
+                continue
+            if known is not None and known.epoch == epoch:
+                known.aead, known.key = aead, key  # the counter goes on within the epoch
+            else:
+                known = self._senders[sender] = _Sender(epoch, aead, key)
+            known.mark(counter)
+            self._senders.move_to_end(sender)
+            if len(self._senders) > self._senders_max:
+                self._senders.popitem(last=False)
+            return Opened(sender, epoch, payload)
+        return DropReason.BAD_SEAL
+
+
+def _decrypt(aead: ChaCha20Poly1305, counter: int, datagram: bytes) -> bytes | None:
+    nonce = _NONCE_PREFIX + counter.to_bytes(8, "big")
+    header, sealed = datagram[: _HEADER.size], datagram[_HEADER.size :]
+    try:
+        return aead.decrypt(nonce, sealed, header)
+    except InvalidTag:
+        return None

@@ -1,0 +1,129 @@
+"""Lifeguard: how ill we are ourselves, and how long a suspect has.
+
+Invariants: the local health score is in [0, local_health_max]; a suspicion's timeout never grows by a
+confirmation and never falls below the death floor; a suspicion is bound to one (epoch, incarnation).
+See Dadgar, Phillips, Currey, "Lifeguard: Local Health Awareness for More Accurate Failure Detection",
+2018, section IV.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from meshd.core.config import GossipConfig
+from meshd.core.membership import Update
+from meshd.core.timers import Timer, Timers
+from meshd_cms.types import NodeId
+
+
+class LocalHealth:
+    """0 is well; each point makes our probes that much slower, so that we accuse others later."""
+
+    def __init__(self, score_max: int) -> None:
+        self._score_max = score_max
+        self._score = 0
+
+    @property
+    def score(self) -> int:
+        """Points of ill health."""
+        return self._score
+
+    @property
+    def factor(self) -> int:
+        """By what probe interval and timeout are multiplied."""
+        return self._score + 1
+
+    def better(self) -> None:
+        """A probe was answered."""
+        self._score = max(0, self._score - 1)
+
+    def worse(self, points: int = 1) -> None:
+        """A nack is missing, we had to refute, or our own timers were late."""
+        self._score = min(self._score_max, self._score + points)
+
+
+def suspicion_timeout_s(config: GossipConfig, nodes: int, confirmations: int, factor: int) -> float:
+    """How long a suspicion lasts before it is death.
+
+    Tmin = multiplier * max(1, log10 N) * T, Tmax = max_multiplier * Tmin, and with C confirmations of
+    the K that can be had, t = max(Tmin, Tmax - (Tmax - Tmin) * ln(C + 1) / ln(K + 1)); K = 0, a mesh too
+    small for anybody to confirm, gives Tmin.
+
+    Args:
+        config: the knobs.
+        nodes: size of the mesh, the suspect and ourselves included.
+        confirmations: distinct accusers beside the first.
+        factor: our local health factor, >= 1.
+    """
+    interval_s = config.probe_interval_s * factor
+    least_s = config.suspicion_multiplier * max(1.0, math.log10(max(1, nodes))) * interval_s
+    most_s = config.suspicion_max_multiplier * least_s
+    possible = min(
+        config.suspicion_confirmations, nodes - 2
+    )  # not the suspect, not the first accuser
+    if possible < 1:
+        timeout_s = least_s
+    else:
+        gained = math.log(confirmations + 1) / math.log(possible + 1)
+        timeout_s = max(least_s, most_s - (most_s - least_s) * gained)
+    return max(timeout_s, config.death_floor_s)
+
+
+@dataclass(slots=True)
+class _Suspicion:
+    update: Update  # the suspicion: its epoch and incarnation are what may die
+    timer: Timer
+    timeout_s: float
+    factor: int  # of our health when it began
+
+
+class Suspicions:
+    """The running suspicions; `expired` is called with the claim that was not refuted in time."""
+
+    def __init__(
+        self, config: GossipConfig, timers: Timers, expired: Callable[[Update], None]
+    ) -> None:
+        self._config = config
+        self._timers = timers
+        self._expired = expired
+        self._running: dict[NodeId, _Suspicion] = {}
+
+    def start(self, update: Update, nodes: int, factor: int, now_s: float) -> None:
+        """A member is suspected, in this incarnation; a running suspicion of an older one ends."""
+        self.stop(update.node)
+        timeout_s = suspicion_timeout_s(self._config, nodes, 0, factor)
+        timer = self._timers.at(now_s + timeout_s, lambda: self._fire(update.node))
+        self._running[update.node] = _Suspicion(update, timer, timeout_s, factor)
+
+    def confirm(self, node: NodeId, nodes: int, confirmations: int, now_s: float) -> None:
+        """So many others accuse it too."""
+        one = self._running.get(node)
+        if one is None:
+            return
+        timeout_s = suspicion_timeout_s(self._config, nodes, confirmations, one.factor)
+        if timeout_s < one.timeout_s:
+            began_s = one.timer.due_s - one.timeout_s
+            one.timeout_s = timeout_s
+            self._again(one, max(now_s, began_s + timeout_s))
+
+    def hasten(self, node: NodeId, left_s: float, now_s: float) -> None:
+        """There is hard evidence: it has at most this long left to refute."""
+        one = self._running.get(node)
+        if one is not None and one.timer.due_s > now_s + left_s:
+            one.timeout_s -= one.timer.due_s - (now_s + left_s)
+            self._again(one, now_s + left_s)
+
+    def stop(self, node: NodeId) -> None:
+        """Refuted, dead or gone."""
+        one = self._running.pop(node, None)
+        if one is not None:
+            one.timer.cancel()
+
+    def _again(self, one: _Suspicion, due_s: float) -> None:
+        one.timer.cancel()
+        one.timer = self._timers.at(due_s, lambda: self._fire(one.update.node))
+
+    def _fire(self, node: NodeId) -> None:
+        self._expired(self._running.pop(node).update)

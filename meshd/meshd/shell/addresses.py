@@ -1,0 +1,163 @@
+"""Which addresses this node has, and which of them it tells others."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import psutil
+
+from meshd.core.effects import Address
+from meshd.shell.driver import open_datagram_socket
+
+ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not bound
+PORT_TRIES = 16  # a free TCP port may be taken for UDP
+STREAM_BACKLOG = 128
+
+
+class ListenError(Exception):
+    """The node cannot listen where it was told to. The message says what to do; nothing is left open."""
+
+    code = "listen"
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """Where a node listens: UDP and TCP on one port."""
+
+    datagrams: socket.socket
+    streams: socket.socket
+    host: str
+    port: int
+
+    def close(self) -> None:
+        """Close both; may be called again."""
+        self.datagrams.close()
+        self.streams.close()
+
+
+def listen(host: str, port: int) -> Listening:
+    """Bind UDP and TCP on the same port; 0 takes one that is free for both.
+
+    Raises:
+        ListenError: the port is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for attempt in range(PORT_TRIES):
+        streams = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            streams.setblocking(False)
+            streams.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            streams.bind((host, port))
+            streams.listen(STREAM_BACKLOG)
+            chosen = streams.getsockname()[1]
+            datagrams = open_datagram_socket(host, chosen)
+        except OSError as error:
+            streams.close()
+            if port == 0 and error.errno == errno.EADDRINUSE and attempt < PORT_TRIES - 1:
+                continue
+            raise ListenError(_what_to_do(error, host, port)) from error
+        except OverflowError as error:
+            streams.close()
+            raise ListenError(f"{port} is not a port (0 to 65535)") from error
+        return Listening(datagrams, streams, host, chosen)
+    raise ListenError(f"no port on {host} is free for both UDP and TCP")
+
+
+def advertised_host(host: str, advertise: str) -> str:
+    """The address that others are told: as configured, else where we listen, else the best we have.
+
+    The best is the one that the default route would use; without a route, the first address of an
+    interface that is up; without one, loopback (a mesh of one machine).
+    """
+    if advertise:
+        return advertise
+    if host not in ANY:
+        return host
+    routed = _routed_address()
+    if routed is not None:
+        return routed
+    others = [address for address in interface_addresses() if not address.startswith("127.")]
+    return others[0] if others else "127.0.0.1"
+
+
+def interface_addresses() -> tuple[str, ...]:
+    """IPv4 addresses of all interfaces that are up, loopback last."""
+    up = psutil.net_if_stats()
+    found = [
+        each.address
+        for name, addresses in sorted(psutil.net_if_addrs().items())
+        if name in up and up[name].isup
+        for each in addresses
+        if each.family == socket.AF_INET
+    ]
+    return tuple(sorted(found, key=lambda address: address.startswith("127.")))
+
+
+def multicast_interfaces(host: str, interfaces: Sequence[str]) -> tuple[str, ...]:
+    """IPv4 addresses of the interfaces that mDNS uses; () means all.
+
+    Args:
+        host: where we listen; one address means that interface only.
+        interfaces: names or addresses from the configuration; they win.
+
+    Raises:
+        ListenError: an interface is not there, with those that are.
+    """
+    if not interfaces:
+        return () if host in ANY or ":" in host else (host,)
+    addresses = psutil.net_if_addrs()
+    found: list[str] = []
+    for interface in interfaces:
+        if interface in addresses:
+            found += [a.address for a in addresses[interface] if a.family == socket.AF_INET]
+        elif interface in interface_addresses():
+            found.append(interface)
+        else:
+            known = ", ".join(sorted(addresses))
+            raise ListenError(
+                f"discovery.interfaces: there is no interface or address {interface!r} here"
+                f" (interfaces: {known})"
+            )
+    return tuple(found)
+
+
+def parse_seed(text: str) -> Address:
+    """`host:port` with the host resolved to its first address; blocks on DNS for a name.
+
+    Raises:
+        ListenError: it does not resolve.
+    """
+    host, _, port = text.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
+    except (OSError, ValueError) as error:
+        raise ListenError(f"discovery.seeds: cannot resolve {text!r}: {error}") from error
+    address = found[0][4]
+    return str(address[0]), int(address[1])
+
+
+def _routed_address() -> str | None:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # RFC 5737; connecting a datagram socket sends nothing
+        return str(probe.getsockname()[0])
+    return None
+
+
+def _what_to_do(error: OSError, host: str, port: int) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return (
+                f"port {port} on {host} is in use, perhaps by another meshd; stop that one, or set"
+                " [listen] port to another port (0 takes any free one)"
+            )
+        case errno.EADDRNOTAVAIL:
+            known = ", ".join(interface_addresses())
+            return f"{host} is not an address of this machine; set [listen] host to one of: {known}"
+        case errno.EACCES:
+            return f"port {port} needs privileges; set [listen] port to one above 1023"
+        case _:
+            return f"cannot listen on {host} port {port}: {error.strerror or error}"

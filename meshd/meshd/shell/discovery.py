@@ -1,0 +1,224 @@
+"""mDNS / DNS-SD: a way to find a first peer, and nothing more.
+
+Invariant: what is heard here is a *hint*. It becomes an address to contact, never a member; losing every
+announcement loses no member; a registration that fails or takes its time delays nothing (probing for a
+free name takes over a second by the RFC's design).
+
+zeroconf runs its own asyncio loop in its own thread. Its callbacks touch nothing of ours: they post a
+hint through the trio token into a bounded channel; hints that do not fit are counted and lost, since mDNS
+repeats itself. Service: `_meshd._tcp` (RFC 6763), TXT keys `v` protocol version, `mesh` the opaque tag,
+`id` the node, and with `announce_models` also `names` and `load`.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import trio
+import trio.lowlevel
+from zeroconf import (
+    Error as ZeroconfError,
+)
+from zeroconf import (
+    InterfaceChoice,
+    IPVersion,
+    ServiceBrowser,
+    ServiceInfo,
+    ServiceListener,
+    Zeroconf,
+)
+
+from meshd.core.effects import Address
+from meshd.shell.addresses import interface_addresses
+from meshd_plugins.api import Logger
+
+_T = TypeVar("_T")
+
+SERVICE_TYPE = "_meshd._tcp.local."
+PROTOCOL_VERSION = "1"
+HINTS_MAX = 256  # bound of the channel from zeroconf's thread
+RESOLVE_DEADLINE_MS = 3_000
+RETRY_FIRST_S = 1.0
+RETRY_MAX_S = 60.0
+TXT_VALUE_BYTES_MAX = 200  # one TXT string holds 255 bytes with its key
+CLOSE_DEADLINE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What this node says of itself over mDNS."""
+
+    instance: str  # unique on the link: the node id's text
+    port: int
+    addresses: tuple[str, ...]  # IPv4 literals
+    mesh_tag: str  # opaque to strangers, equal for nodes of one mesh
+    text: Mapping[str, str]  # further TXT keys
+
+    def properties(self) -> dict[str, str]:
+        """The TXT record."""
+        own = {"v": PROTOCOL_VERSION, "mesh": self.mesh_tag, "id": self.instance}
+        return {**{k: v[:TXT_VALUE_BYTES_MAX] for k, v in self.text.items()}, **own}
+
+
+@dataclass(slots=True)
+class DiscoveryStatistics:
+    """What mDNS did so far."""
+
+    registered: bool = False
+    hints: int = 0
+    hints_lost: int = 0
+    other_mesh: int = 0
+    other_protocol: int = 0
+    restarts: int = 0
+    last_error: str = ""
+
+
+class _Listener(ServiceListener):
+    """Runs in zeroconf's thread; posts what it resolved and forgets it."""
+
+    def __init__(self, post: Callable[[ServiceInfo], None]) -> None:
+        self._post = post
+
+    def add_service(self, zc: Zeroconf, type_: str, name: str) -> None:
+        info = ServiceInfo(type_, name)
+        if info.request(zc, RESOLVE_DEADLINE_MS):
+            self._post(info)
+
+    def update_service(self, zc: Zeroconf, type_: str, name: str) -> None:
+        self.add_service(zc, type_, name)
+
+    def remove_service(self, zc: Zeroconf, type_: str, name: str) -> None:
+        """Not liveness: membership decides who is there."""
+
+
+class MdnsDiscovery:
+    """Announces this node and hands addresses of others to `found`.
+
+    Args:
+        announcement: what is registered; change it with `announce`.
+        interfaces: IPv4 addresses of the interfaces to use; empty means all.
+        found: called in the trio thread with an address that answered for this mesh.
+        log: bound logger.
+    """
+
+    def __init__(
+        self,
+        announcement: Announcement,
+        *,
+        interfaces: Sequence[str],
+        found: Callable[[Address], None],
+        log: Logger,
+    ) -> None:
+        self._announcement = announcement
+        self._interfaces = tuple(interfaces)
+        self._found = found
+        self._log = log
+        self._changed = trio.Event()
+        self._limiter = trio.CapacityLimiter(2)  # a call in flight, and close
+        self.statistics = DiscoveryStatistics()
+
+    def announce(self, announcement: Announcement) -> None:
+        """Announce something else from now on; the record is updated in the background."""
+        if announcement != self._announcement:
+            self._announcement = announcement
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Announce and browse until cancelled; a failing network is retried with backoff for ever."""
+        send, receive = trio.open_memory_channel[ServiceInfo](HINTS_MAX)
+        token = trio.lowlevel.current_trio_token()
+
+        def deliver(info: ServiceInfo) -> None:
+            try:
+                send.send_nowait(info)
+            except trio.WouldBlock:
+                self.statistics.hints_lost += 1
+            except trio.BrokenResourceError:
+                pass  # shutting down
+
+        def post(info: ServiceInfo) -> None:
+            # The daemon may end while zeroconf's thread is still at work.
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(deliver, info)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._take_hints, receive)
+            backoff_s = RETRY_FIRST_S
+            while True:
+                try:
+                    await self._announce_and_browse(_Listener(post))
+                except (OSError, ZeroconfError) as error:
+                    self.statistics.last_error = str(error)
+                    self.statistics.registered = False
+                    self._log.warning("mdns.failed", error=str(error), retry_s=backoff_s)
+                self.statistics.restarts += 1
+                await trio.sleep(backoff_s)
+                backoff_s = min(backoff_s * 2, RETRY_MAX_S)
+
+    async def _take_hints(self, receive: trio.MemoryReceiveChannel[ServiceInfo]) -> None:
+        async for info in receive:
+            self._take_hint(info)
+
+    def _take_hint(self, info: ServiceInfo) -> None:
+        properties = info.decoded_properties
+        if properties.get("mesh") != self._announcement.mesh_tag:
+            self.statistics.other_mesh += 1
+            return
+        if properties.get("v") != PROTOCOL_VERSION:
+            self.statistics.other_protocol += 1
+            return
+        if properties.get("id") == self._announcement.instance or info.port is None:
+            return
+        self.statistics.hints += 1
+        for address in info.parsed_addresses(IPVersion.V4Only):
+            self._found((address, info.port))
+
+    async def _announce_and_browse(self, listener: ServiceListener) -> None:
+        """One life of a zeroconf instance.
+
+        Raises:
+            OSError, zeroconf.Error: the network refused; everything of this life is closed.
+        """
+        missing = sorted(set(self._interfaces) - set(interface_addresses()))
+        if missing:  # asked first: zeroconf leaks the sockets it had opened when one fails
+            raise OSError(errno.EADDRNOTAVAIL, f"no interface has the address {missing[0]}")
+        interfaces = list(self._interfaces) if self._interfaces else InterfaceChoice.All
+        zeroconf = await self._in_thread(
+            partial(Zeroconf, interfaces=interfaces, ip_version=IPVersion.V4Only)
+        )
+        try:
+            # The constructor starts a thread and returns; the first query goes out at once.
+            ServiceBrowser(zeroconf, SERVICE_TYPE, listener)
+            registered = self._service_info()
+            await self._in_thread(
+                partial(zeroconf.register_service, registered, allow_name_change=True)
+            )
+            self.statistics.registered = True
+            self._log.info("mdns.registered", instance=registered.name)
+            while True:
+                await self._changed.wait()
+                self._changed = trio.Event()
+                await self._in_thread(partial(zeroconf.update_service, self._service_info()))
+        finally:
+            with trio.move_on_after(CLOSE_DEADLINE_S, shield=True):
+                await self._in_thread(zeroconf.close)
+
+    async def _in_thread(self, call: Callable[[], _T]) -> _T:
+        return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
+
+    def _service_info(self) -> ServiceInfo:
+        announcement = self._announcement
+        return ServiceInfo(
+            SERVICE_TYPE,
+            f"{announcement.instance}.{SERVICE_TYPE}",
+            port=announcement.port,
+            addresses=[socket.inet_aton(address) for address in announcement.addresses],
+            properties=announcement.properties(),
+            server=f"meshd-{announcement.instance}.local.",
+        )

@@ -1,0 +1,68 @@
+"""What can be wrong with an identity. Every message says what to do.
+
+IdentityError                  code identity_error
+  NoIdentity                   code no_identity: this node belongs to no mesh yet
+  IdentityExists               code identity_exists: it belongs to one already
+  IdentityUnsafe               code identity_unsafe: others could read the keys
+  IdentityDamaged              code identity_damaged: files are missing, cut short or do not fit together
+  IdentityUnreadable           code identity_unreadable: the system does not let us read or write them
+  NotTheRoot                   code not_the_root: only the node with the root key can enrol others
+  EnrolmentError               code enrolment_error: the enrolment file is not one, or is damaged
+    EnrolmentFileExists        code enrolment_file_exists: something is there already
+"""
+
+from __future__ import annotations
+
+
+class IdentityError(Exception):
+    """Root of what this node's identity can be wrong in. State: nothing was changed."""
+
+    code = "identity_error"
+
+
+class NoIdentity(IdentityError):
+    """There is no identity; the daemon does not start without one."""
+
+    code = "no_identity"
+
+
+class IdentityExists(IdentityError):
+    """There is an identity already; it is never overwritten."""
+
+    code = "identity_exists"
+
+
+class IdentityUnsafe(IdentityError):
+    """Permissions allow others to read keys."""
+
+    code = "identity_unsafe"
+
+
+class IdentityDamaged(IdentityError):
+    """Files of the identity are missing, cut short or of different identities."""
+
+    code = "identity_damaged"
+
+
+class IdentityUnreadable(IdentityError):
+    """The operating system refused."""
+
+    code = "identity_unreadable"
+
+
+class NotTheRoot(IdentityError):
+    """This node does not hold the root key of its mesh."""
+
+    code = "not_the_root"
+
+
+class EnrolmentError(IdentityError):
+    """The enrolment file cannot be used."""
+
+    code = "enrolment_error"
+
+
+class EnrolmentFileExists(EnrolmentError):
+    """The enrolment file would overwrite something."""
+
+    code = "enrolment_file_exists"

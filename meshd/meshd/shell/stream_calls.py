@@ -1,0 +1,137 @@
+"""The two ends of one call, as their users see them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+import trio
+
+from meshd.core.frames import CallHeader, End, Error, Refuse
+from meshd.core.mux import CallState, ChunkReceived, MuxConfig
+from meshd.shell.stream_errors import RemoteFailed, RemoteRefused, StreamLost
+from meshd_cms.types import NodeId, Value
+
+if TYPE_CHECKING:
+    from meshd.shell.stream_connection import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class StreamConfig:
+    """Bounds and deadlines of the peer streams. Seconds, unless it says bytes."""
+
+    mux: MuxConfig = field(default_factory=MuxConfig)
+    connections_max: int = 256  # more are closed at once; larger: more peers, ~100 KiB each
+    handshakes_max: int = 32  # connections that have not yet shown who they are
+    dial_deadline_s: float = 5.0  # TCP, TLS and HELLO together, dialing or accepting
+    ping_interval_s: float = 15.0  # silence after which the peer is asked whether it lives
+    ping_deadline_s: float = 5.0  # silence after that which counts as a hung peer
+    close_deadline_s: float = 1.0  # for the last bytes and TLS's goodbye
+    call_deadline_max_s: float = 3600.0  # a caller's `remaining_s` is cut to this
+    outgoing_bytes_high: int = 256 * 1024  # above it, senders wait for the writer
+    outgoing_bytes_max: int = 8 * 1024 * 1024  # above it, the peer does not read: it is cut off
+
+
+_Outcome: TypeAlias = ChunkReceived | End | Refuse | Error | StreamLost
+
+
+class OutgoingCall:
+    """A call of ours in flight.
+
+    `trailer` and `load` are set once `receive` gave None; before, they are None.
+    """
+
+    __slots__ = ("_connection", "_done", "_inbox", "_outbox", "id", "load", "peer", "trailer")
+
+    def __init__(self, connection: Connection, call: int) -> None:
+        self._connection = connection
+        # Unbounded on purpose: the credit of the call bounds what a peer may put in it.
+        self._inbox, self._outbox = trio.open_memory_channel[_Outcome](math.inf)
+        self._done = False
+        self.id = call
+        self.peer: NodeId = connection.peer
+        self.trailer: Value = None
+        self.load: Value = None
+
+    async def receive(self) -> Value | None:
+        """The next part of the answer; None after the last one of a complete answer.
+
+        Raises:
+            RemoteRefused: the peer did not take it.
+            RemoteFailed: it broke there.
+            StreamLost: the connection broke.
+        """
+        if self._done:
+            await trio.lowlevel.checkpoint()
+            return None
+        outcome = await self._outbox.receive()
+        match outcome:
+            case ChunkReceived(call, value, size):
+                self._connection.consumed(call, size)
+                return value
+            case End(_, trailer, load):
+                self._done = True
+                self.trailer, self.load = trailer, load
+                return None
+            case Refuse(_, code, message, load):
+                self._done = True
+                raise RemoteRefused(code, message, load)
+            case Error(_, code, message, callers_fault, load):
+                self._done = True
+                raise RemoteFailed(code, message, load, callers_fault=callers_fault)
+            case StreamLost():
+                self._done = True
+                raise outcome
+
+    def deliver(self, outcome: _Outcome) -> None:
+        """Called by the connection: something came, or the connection is gone."""
+        self._inbox.send_nowait(outcome)
+
+
+class IncomingCall:
+    """A call of a peer, as its handler sees it."""
+
+    __slots__ = ("_connection", "_credited", "body", "cancelled", "header", "id", "peer", "scope")
+
+    def __init__(self, connection: Connection, call: int, header: CallHeader, body: Value) -> None:
+        self._connection = connection
+        self._credited: trio.Event | None = None
+        self.id = call
+        self.header = header
+        self.body = body
+        self.peer: NodeId = connection.peer
+        self.scope = trio.CancelScope()
+        self.cancelled = False  # by the peer
+
+    async def send(self, value: Value) -> None:
+        """Send a part of the answer; waits while the peer's reader or the line is behind.
+
+        Raises:
+            UnsendableError: too large for a frame, or not data; the call can go on.
+        """
+        connection = self._connection
+        await connection.room()
+        while not connection.mux.may_send(self.id):
+            if connection.mux.state(self.id) is not CallState.SERVING:
+                await trio.sleep_forever()  # cancelled by the peer: this task is told right now
+            self._credited = trio.Event()
+            await self._credited.wait()
+            await connection.room()
+        connection.send_chunk(self.id, value)
+
+    def cancel(self) -> None:
+        """Called by the connection: the peer does not want it any more."""
+        self.cancelled = True
+        self.scope.cancel()
+
+    def credit(self) -> None:
+        """Called by the connection: the peer read something."""
+        if self._credited is not None:
+            self._credited.set()
+            self._credited = None
+
+
+Handler: TypeAlias = Callable[[IncomingCall], Awaitable[Value]]
+"""Serves one call; what it returns is the trailer of END."""

@@ -1,0 +1,469 @@
+"""One connection to a peer: a reader, a writer and a pulse around a `Mux`, and a task for each call.
+
+All tasks of a connection live in `Connection.run`; when it returns or raises, every call on it has its
+outcome. Commands are synchronous: they put bytes into the mux and wake the writer, which sends whatever
+has gathered in one piece. So small frames of many calls share one TLS record and one system call.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol, assert_never
+
+import trio
+
+from meshd.core.effects import Address
+from meshd.core.frames import (
+    Call,
+    CallHeader,
+    Cancel,
+    Credit,
+    End,
+    Error,
+    Goaway,
+    Gossip,
+    Pong,
+    ProtocolError,
+    Refuse,
+    UnsendableError,
+)
+from meshd.core.mux import (
+    CallExcess,
+    CallState,
+    ChunkReceived,
+    Event,
+    Mux,
+    Up,
+)
+from meshd.shell.stream_calls import Handler, IncomingCall, OutgoingCall, StreamConfig
+from meshd.shell.stream_errors import PeerUnreachable, RemoteRefused, StreamLost
+from meshd_cms.types import Epoch, NodeId, Value, node_id_short
+from meshd_plugins.api import BadRequest, Failed, Logger, Refused
+
+RECEIVE_BYTES: Final = 64 * 1024
+_PULSE_TOKEN: Final = 0
+_FAREWELL_TOKEN: Final = 2**63 - 1
+DRAINING: Final = "draining"
+CLOSING: Final = "closing"
+
+
+@dataclass(slots=True)
+class StreamStatistics:
+    """Counts since the start, over all connections."""
+
+    connections: int = 0  # now
+    dials: int = 0
+    dials_failed: int = 0
+    accepted: int = 0
+    accepts_failed: int = 0  # handshakes that failed, and connections beyond the bounds
+    connections_lost: int = 0  # other than by agreement
+    protocol_errors: int = 0
+    calls_opened: int = 0
+    calls_served: int = 0
+    calls_refused: int = 0  # by us
+    calls_failed: int = 0  # by us
+    gossip_sent: int = 0
+    gossip_received: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+class Owner(Protocol):
+    """What a connection needs of the pool it belongs to."""
+
+    config: StreamConfig
+    statistics: StreamStatistics
+    log: Logger
+    handler: Handler
+    draining: bool
+
+    def load(self) -> Value:
+        """This node's load, for a reply."""
+        ...
+
+    def load_heard(self, peer: NodeId, load: Value, /) -> None:
+        """A reply brought a peer's load."""
+        ...
+
+    def gossip_heard(self, peer: NodeId, epoch: Epoch, payload: bytes, /) -> None:
+        """A gossip message came."""
+        ...
+
+    def connection_up(self, connection: Connection, /) -> None:
+        """HELLO was exchanged."""
+        ...
+
+    def connection_leaving(self, connection: Connection, /) -> None:
+        """The peer asked for no more calls on it."""
+        ...
+
+
+class Connection:
+    """One authenticated connection. `run` it; everything else works while it runs."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        stream: trio.SSLStream[trio.SocketStream],
+        mux: Mux,
+        peer: NodeId,
+        *,
+        dialed: bool,
+    ) -> None:
+        self._owner = owner
+        self._config = owner.config
+        self._stream = stream
+        self.mux = mux
+        self.peer = peer
+        self.dialed = dialed
+        self.address: Address | None = None  # that was dialed
+        self.epoch = Epoch(0)  # the peer's, once up
+        self.up_since_s: float | None = None
+        self.lost: str | None = None  # why
+        self.fault: ProtocolError | None = None
+        self.is_tls_fault = False
+        self._up_or_lost = trio.Event()
+        self._farewell = False
+        self._scope = trio.CancelScope()
+        self._wake = trio.Event()
+        self._room: trio.Event | None = None
+        self._writing = False
+        self._heard_s = trio.current_time()
+        self._token = 0
+        self._pings: dict[int, trio.Event] = {}
+        self._asked: dict[int, OutgoingCall] = {}
+        self._served: dict[int, IncomingCall] = {}
+
+    async def run(self) -> None:
+        """Carry the connection until it ends; returns, whatever ended it."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write)
+                    nursery.start_soon(self._pulse)
+                    await self._read(nursery)
+        finally:
+            self._lose("this node closes it")
+            with trio.move_on_after(self._config.close_deadline_s, shield=True):
+                await self._goodbye()
+
+    # For the pool
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a call may be opened on it."""
+        return self.lost is None and self.mux.may_open
+
+    @property
+    def is_peer_draining(self) -> bool:
+        """Whether the peer goes down and takes no more calls."""
+        return self.mux.goaway_received == DRAINING
+
+    def goaway(self, reason: str) -> None:
+        """Open no more calls here, ask the peer for the same; it closes when those that run are done."""
+        if self.lost is None:
+            self.mux.goaway(reason)
+            self._wake.set()
+
+    async def ping(self) -> float:
+        """Round trip in seconds. Raises StreamLost."""
+        began_s = trio.current_time()
+        self._token += 1
+        token, answered = self._token, trio.Event()
+        self._pings[token] = answered
+        try:
+            self._raise_if_lost()
+            self.mux.ping(token)
+            self._wake.set()
+            await answered.wait()
+        finally:
+            del self._pings[token]
+        self._raise_if_lost()
+        return trio.current_time() - began_s
+
+    async def gossip(self, payload: bytes) -> None:
+        """Queue a message. Raises StreamLost, FrameTooLarge."""
+        await self.room()
+        self._raise_if_lost()
+        self.mux.gossip(payload)
+        self._wake.set()
+        self._owner.statistics.gossip_sent += 1
+
+    # For calls
+
+    def open(self, header: CallHeader, body: Value) -> OutgoingCall:
+        """Send a call.
+
+        Raises:
+            StreamLost: the connection is gone; PeerUnreachable: it is being replaced.
+            RemoteRefused: `busy`, too many calls are in flight on it, or `draining`.
+            UnsendableError: the request cannot be sent.
+        """
+        self._raise_if_lost()
+        if self.mux.asking >= self._config.mux.calls_max:
+            name = node_id_short(self.peer)
+            raise RemoteRefused("busy", f"{self.mux.asking} calls to {name} are in flight", None)
+        if self.is_peer_draining:
+            raise RemoteRefused(DRAINING, f"{node_id_short(self.peer)} is going down", None)
+        if not self.mux.may_open:
+            raise PeerUnreachable("the connection is being replaced")
+        call = OutgoingCall(self, self.mux.open(header, body))
+        self._asked[call.id] = call
+        self._wake.set()
+        self._owner.statistics.calls_opened += 1
+        return call
+
+    def leave(self, call: OutgoingCall) -> None:
+        """The caller is done with it: cancel it if the peer is not."""
+        if self._asked.pop(call.id, None) is None or self.lost is not None:
+            return
+        if self.mux.state(call.id) is CallState.ASKING:
+            self.mux.cancel(call.id, "the caller left")
+            self._wake.set()
+
+    def consumed(self, call: int, size: int) -> None:
+        """A chunk was read: the mux may grant credit."""
+        if self.lost is None:
+            self.mux.consumed(call, size)
+            if self.mux.outgoing_bytes:
+                self._wake.set()
+
+    async def room(self) -> None:
+        """Wait while more is queued than the line takes.
+
+        Yields only when it waits: what a handler sends in one go leaves in one piece, and what it may
+        queue without yielding is bounded by `outgoing_bytes_high`.
+        """
+        while self.mux.outgoing_bytes > self._config.outgoing_bytes_high and self.lost is None:
+            if self._room is None:
+                self._room = trio.Event()
+            await self._room.wait()
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    def send_chunk(self, call: int, value: Value) -> None:
+        """Queue a part of an answer; `mux.may_send(call)` holds."""
+        self.mux.send_chunk(call, value)
+        self._wake.set()
+
+    # The tasks
+
+    async def _write(self) -> None:
+        mux, statistics = self.mux, self._owner.statistics
+        while True:
+            if not mux.outgoing_bytes:
+                if mux.finished and not self._farewell:
+                    # Its PONG proves that the peer has read every final frame: then closing loses nothing.
+                    self._farewell = True
+                    mux.ping(_FAREWELL_TOKEN)
+                    continue
+                self._wake = trio.Event()
+                await self._wake.wait()
+                continue
+            data = mux.take_outgoing()
+            if self._room is not None:
+                self._room.set()
+                self._room = None
+            self._writing = True
+            try:
+                await self._stream.send_all(data)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                self._lose(f"sending failed: {error.__cause__ or error}")
+                return
+            self._writing = False
+            statistics.bytes_sent += len(data)
+
+    async def _read(self, nursery: trio.Nursery) -> None:
+        statistics = self._owner.statistics
+        while self.lost is None:
+            try:
+                data = await self._stream.receive_some(RECEIVE_BYTES)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                self.is_tls_fault = isinstance(error.__cause__, ssl.SSLError)
+                self._lose(f"receiving failed: {error.__cause__ or error}")
+                return
+            if not data:
+                said = self.mux.goaway_received
+                reason = "the peer closed it" if said is None else f"the peer said {said}"
+                self._lose(reason, agreed=self.mux.finished)
+                return
+            self._heard_s = trio.current_time()
+            statistics.bytes_received += len(data)
+            self.mux.receive(bytes(data))
+            try:
+                while (event := self.mux.next_event()) is not None:
+                    self._handle(event, nursery)
+            except ProtocolError as error:
+                statistics.protocol_errors += 1
+                self.fault = error
+                self._lose(f"the peer broke the protocol ({error.code}): {error.message}")
+                return
+            if self.mux.outgoing_bytes > self._config.outgoing_bytes_max:
+                self._lose("the peer does not read what it asks for")
+                return
+            if self.mux.outgoing_bytes or self.mux.finished:
+                self._wake.set()
+
+    def _handle(self, event: Event, nursery: trio.Nursery) -> None:
+        match event:
+            case ChunkReceived(call):
+                self._asked[call].deliver(event)
+            case End(call, _, load) | Refuse(call, _, _, load) | Error(call, _, _, _, load):
+                self._asked.pop(call).deliver(event)
+                self._owner.load_heard(self.peer, load)
+            case Call():
+                self._called(event, nursery)
+            case Cancel(call):
+                self._served[call].cancel()
+            case Credit(call):
+                self._served[call].credit()
+            case CallExcess(call):
+                self._refuse(call, "busy", f"{self.mux.serving - 1} calls of this peer are served")
+            case Pong(token):
+                self._ponged(token)
+            case Gossip(payload):
+                self._owner.statistics.gossip_received += 1
+                self._owner.gossip_heard(self.peer, self.epoch, payload)
+            case Goaway():
+                self._owner.connection_leaving(self)
+            case Up(hello):
+                self.epoch = hello.epoch
+                self.up_since_s = trio.current_time()
+                self._up_or_lost.set()
+                self._owner.connection_up(self)
+            case _:
+                assert_never(event)
+
+    def _called(self, event: Call, nursery: trio.Nursery) -> None:
+        if self._owner.draining:
+            self._refuse(event.call, DRAINING, "this node is going down")
+            return
+        call = IncomingCall(self, event.call, event.header, event.body)
+        remaining_s = min(event.header.remaining_s, self._config.call_deadline_max_s)
+        call.scope.deadline = trio.current_time() + remaining_s
+        self._served[event.call] = call
+        self._owner.statistics.calls_served += 1
+        nursery.start_soon(self._serve, call)
+
+    def _ponged(self, token: int) -> None:
+        if token == _FAREWELL_TOKEN:
+            self._lose("closed by agreement", agreed=True)
+        elif token in self._pings:
+            self._pings[token].set()
+
+    async def _pulse(self) -> None:
+        """Ask a silent peer whether it lives, and give it up if it does not answer."""
+        config = self._config
+        with trio.move_on_after(config.dial_deadline_s):
+            await self._up_or_lost.wait()
+        if self.up_since_s is None:
+            self._lose(f"no HELLO within {config.dial_deadline_s:g} s")
+            return
+        while True:
+            await trio.sleep_until(self._heard_s + config.ping_interval_s)
+            asked_s = trio.current_time()
+            if asked_s - self._heard_s < config.ping_interval_s:
+                continue
+            self.mux.ping(_PULSE_TOKEN)
+            self._wake.set()
+            await trio.sleep(config.ping_deadline_s)
+            if self._heard_s < asked_s:
+                self._lose(f"the peer was silent for {trio.current_time() - self._heard_s:.0f} s")
+                return
+
+    async def _serve(self, call: IncomingCall) -> None:
+        """Run the handler of one call and send its final frame."""
+        try:
+            with call.scope:
+                trailer = await self._owner.handler(call)
+                self._finish(lambda load: self.mux.end(call.id, trailer, load))
+            if call.scope.cancelled_caught:
+                code = "cancelled" if call.cancelled else "deadline_exceeded"
+                self._fail(call.id, code, "the caller left" if call.cancelled else "out of time")
+        except Exception as error:  # noqa: BLE001 - the handler's boundary: nothing of it may end the connection
+            self._answer(call, _only_leaf(error))
+        finally:
+            self._wake.set()
+            del self._served[call.id]
+
+    def _answer(self, call: IncomingCall, error: Exception) -> None:
+        match error:
+            case Refused():
+                self._refuse(call.id, error.code, error.message)
+            case BadRequest():
+                self._fail(call.id, error.code, error.message, callers_fault=True)
+            case Failed():
+                self._fail(call.id, error.code, error.message)
+            case UnsendableError():
+                self._fail(call.id, error.code, f"the answer cannot be sent: {error}")
+            case _:
+                self._owner.log.error(
+                    "call.crashed",
+                    request_id=call.header.request_id,
+                    capability=call.header.capability_id,
+                    peer=node_id_short(call.peer),
+                    error=repr(error),
+                    exc_info=error,
+                )
+                self._fail(call.id, "internal", f"{type(error).__name__} while serving the call")
+
+    def _refuse(self, call: int, code: str, message: str) -> None:
+        self._owner.statistics.calls_refused += 1
+        self._finish(lambda load: self.mux.refuse(call, code, message, load))
+
+    def _fail(self, call: int, code: str, message: str, *, callers_fault: bool = False) -> None:
+        self._owner.statistics.calls_failed += 1
+        self._finish(
+            lambda load: self.mux.fail(call, code, message, load, callers_fault=callers_fault)
+        )
+
+    def _finish(self, send: Callable[[Value], None]) -> None:
+        """Send a final frame with this node's load; without it rather than not at all."""
+        try:
+            send(self._owner.load())
+        except UnsendableError:
+            send(None)
+
+    # The end
+
+    def _raise_if_lost(self) -> None:
+        if self.lost is not None:
+            raise StreamLost(self.lost)
+
+    def _lose(self, reason: str, *, agreed: bool = False) -> None:
+        """Give every waiting task its outcome, at once, and end `run`."""
+        if self.lost is not None:
+            return
+        self.lost = f"the connection to {node_id_short(self.peer)} is lost: {reason}"
+        if self.up_since_s is not None and not agreed:
+            self._owner.statistics.connections_lost += 1
+        for call in self._asked.values():
+            call.deliver(StreamLost(self.lost))
+        self._asked.clear()
+        for answered in self._pings.values():
+            answered.set()
+        if self._room is not None:
+            self._room.set()
+            self._room = None
+        self._up_or_lost.set()
+        self._scope.cancel()
+
+    async def _goodbye(self) -> None:
+        """Send what is left, if the stream is whole, and close it."""
+        try:
+            if not self._writing:  # a write that was cut off leaves TLS in the middle of a record
+                self.mux.goaway(CLOSING)
+                await self._stream.send_all(self.mux.take_outgoing())
+                await self._stream.aclose()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the peer is gone already
+        finally:
+            await trio.aclose_forcefully(self._stream)
+
+
+def _only_leaf(error: Exception) -> Exception:
+    """What a handler raised through its nurseries, if it was one thing."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+        error = error.exceptions[0]
+    return error

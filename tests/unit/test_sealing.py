@@ -1,0 +1,200 @@
+"""Sealed datagrams: what is authentic opens once, everything else is dropped and changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshd.core.sealing import (
+    COUNTER_MAX,
+    DATAGRAM_BYTES_MAX,
+    DATAGRAM_PAYLOAD_BYTES_MAX,
+    OVERHEAD_BYTES,
+    WINDOW_BITS,
+    CounterExhausted,
+    Dropped,
+    DropReason,
+    Opened,
+    Opener,
+    PayloadTooLarge,
+    Sealer,
+    mesh_tag,
+)
+from meshd_cms.types import Epoch, MeshId, NodeId
+
+KEY = bytes(range(32))
+OTHER_KEY = bytes(range(1, 33))
+MESH = MeshId(b"m" * 16)
+ALICE = NodeId(b"a" * 16)
+BOB = NodeId(b"b" * 16)
+EPOCH = Epoch(1_700_000_000_000)
+
+
+def sealer(
+    epoch: Epoch = EPOCH, *, key: bytes = KEY, me: NodeId = ALICE, counter: int = 0
+) -> Sealer:
+    return Sealer(key, MESH, me, epoch, counter=counter)
+
+
+def opener(*keys: bytes, senders_max: int = 64) -> Opener:
+    return Opener(keys or (KEY,), MESH, BOB, senders_max=senders_max)
+
+
+def dropped(reason: DropReason) -> Dropped:
+    return Dropped(reason)
+
+
+@given(payload=st.binary(max_size=DATAGRAM_PAYLOAD_BYTES_MAX))
+@settings(max_examples=60, deadline=None)
+def test_what_is_sealed_opens_once(payload: bytes) -> None:
+    datagram = sealer().seal(payload)
+    assert len(datagram) == len(payload) + OVERHEAD_BYTES <= DATAGRAM_BYTES_MAX
+    bob = opener()
+    assert bob.open(datagram) == Opened(ALICE, EPOCH, payload)
+    assert bob.open(datagram) == dropped(DropReason.REPLAYED)
+
+
+def test_the_wire_is_what_the_protocol_page_says() -> None:
+    datagram = sealer().seal(b"hello")
+    assert datagram[0] == 1
+    assert datagram[1:9] == mesh_tag(MESH)
+    assert datagram[9:25] == ALICE
+    assert datagram[25:33] == EPOCH.to_bytes(8, "big")
+    assert datagram[33:41] == (1).to_bytes(8, "big")
+    assert len(datagram) == 41 + 5 + 16
+    # A golden value: a change of key schedule, nonce or associated data must not pass unseen.
+    assert datagram[41:].hex() == "0f9145e8948ec5a60ed73e85ec2843307bb3122766"
+
+
+def test_the_payload_is_not_readable_on_the_wire() -> None:
+    assert b"arithmetic" not in sealer().seal(b"knowledge.gpt/arithmetic")
+
+
+@pytest.mark.parametrize(
+    ("datagram", "reason"),
+    [
+        (b"", DropReason.TOO_SHORT),
+        (bytes(OVERHEAD_BYTES - 1), DropReason.TOO_SHORT),
+        (bytes(DATAGRAM_BYTES_MAX + 1), DropReason.TOO_LONG),
+        (bytes(OVERHEAD_BYTES), DropReason.WRONG_FORMAT),
+        (sealer(me=BOB).seal(b"x"), DropReason.OWN),
+        (Sealer(KEY, MeshId(b"n" * 16), ALICE, EPOCH).seal(b"x"), DropReason.OTHER_MESH),
+        (sealer(key=OTHER_KEY).seal(b"x"), DropReason.BAD_SEAL),
+    ],
+)
+def test_each_reason_is_told_and_counted(datagram: bytes, reason: DropReason) -> None:
+    bob = opener()
+    assert bob.open(datagram) == dropped(reason)
+    assert bob.statistics()[reason.value] == 1
+    assert sum(bob.statistics().values()) == 1
+
+
+def test_an_older_epoch_is_refused_and_a_newer_one_starts_afresh() -> None:
+    bob = opener()
+    first, second = sealer(Epoch(5)), sealer(Epoch(6))
+    early, late = first.seal(b"early"), first.seal(b"late")
+    assert bob.open(late) == Opened(ALICE, Epoch(5), b"late")
+    assert bob.open(second.seal(b"new life")) == Opened(ALICE, Epoch(6), b"new life")
+    assert bob.open(early) == dropped(DropReason.OLD_EPOCH)
+
+
+def test_a_forged_newer_epoch_does_not_shut_the_sender_out() -> None:
+    bob, alice = opener(), sealer()
+    assert isinstance(bob.open(alice.seal(b"1")), Opened)
+    forged = bytearray(alice.seal(b"2"))
+    forged[25:33] = (EPOCH + 1).to_bytes(8, "big")
+    assert bob.open(bytes(forged)) == dropped(DropReason.BAD_SEAL)
+    assert isinstance(bob.open(alice.seal(b"3")), Opened)
+
+
+def test_the_window_takes_reordered_datagrams_and_no_older_ones() -> None:
+    alice, bob = sealer(), opener()
+    datagrams = [alice.seal(b"%d" % index) for index in range(WINDOW_BITS + 1)]
+    assert isinstance(bob.open(datagrams[-1]), Opened)
+    assert bob.open(datagrams[0]) == dropped(DropReason.REPLAYED)  # just behind the window
+    assert isinstance(bob.open(datagrams[1]), Opened)  # its last place
+    assert bob.open(datagrams[1]) == dropped(DropReason.REPLAYED)
+
+
+def test_a_far_jump_ahead_forgets_what_is_behind_the_window() -> None:
+    bob = opener()
+    old = sealer().seal(b"old")
+    assert isinstance(bob.open(sealer(counter=10**15).seal(b"far")), Opened)
+    assert bob.open(old) == dropped(DropReason.REPLAYED)
+
+
+@given(order=st.lists(st.integers(0, 1500), min_size=1, max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_any_order_opens_each_at_most_once_and_all_within_the_window(order: list[int]) -> None:
+    bob = opener()
+    accepted: set[int] = set()
+    for counter in order:
+        datagram = sealer(counter=counter).seal(b"%d" % counter)
+        highest = max(accepted, default=-1)
+        expected = counter not in accepted and counter > highest - WINDOW_BITS
+        assert isinstance(bob.open(datagram), Opened) == expected
+        if expected:
+            accepted.add(counter)
+
+
+def test_the_counter_never_wraps() -> None:
+    alice = sealer(counter=COUNTER_MAX - 1)
+    assert isinstance(opener().open(alice.seal(b"last")), Opened)
+    with pytest.raises(CounterExhausted):
+        alice.seal(b"one too many")
+    alice.rekey(Epoch(EPOCH + 1))
+    assert opener().open(alice.seal(b"go on")) == Opened(ALICE, Epoch(EPOCH + 1), b"go on")
+
+
+def test_a_payload_that_does_not_fit_uses_no_counter() -> None:
+    alice = sealer()
+    with pytest.raises(PayloadTooLarge):
+        alice.seal(bytes(DATAGRAM_PAYLOAD_BYTES_MAX + 1))
+    assert alice.seal(b"") == sealer().seal(b"")
+
+
+def test_both_keys_open_while_keys_rotate() -> None:
+    bob = opener(OTHER_KEY, KEY)
+    assert isinstance(bob.open(sealer().seal(b"old key")), Opened)
+    rotated = sealer(key=OTHER_KEY, counter=1)
+    assert isinstance(bob.open(rotated.seal(b"new key")), Opened)
+    assert bob.open(sealer().seal(b"old key")) == dropped(DropReason.REPLAYED)
+
+
+def test_the_least_recently_heard_sender_is_forgotten_first() -> None:
+    bob = opener(senders_max=2)
+    names = [NodeId(bytes([index]) * 16) for index in range(3)]
+    datagrams = [sealer(me=name).seal(b"x") for name in names]
+    assert isinstance(bob.open(datagrams[0]), Opened)
+    assert isinstance(bob.open(datagrams[1]), Opened)
+    assert isinstance(bob.open(sealer(me=names[0], counter=1).seal(b"y")), Opened)  # heard again
+    assert isinstance(bob.open(datagrams[2]), Opened)
+    assert bob.open(datagrams[0]) == dropped(DropReason.REPLAYED)  # still remembered
+    assert isinstance(bob.open(datagrams[1]), Opened)  # forgotten
+
+
+@given(noise=st.binary(max_size=DATAGRAM_BYTES_MAX + 10))
+@settings(max_examples=100, deadline=None)
+def test_noise_never_opens_and_never_raises(noise: bytes) -> None:
+    assert isinstance(opener().open(noise), Dropped)
+    tagged = b"\x01" + mesh_tag(MESH) + noise
+    assert isinstance(opener().open(tagged), Dropped)
+
+
+@given(
+    position=st.integers(0, OVERHEAD_BYTES + 4), change=st.integers(1, 255), cut=st.integers(0, 80)
+)
+@settings(max_examples=100, deadline=None)
+def test_what_is_not_authentic_changes_nothing(position: int, change: int, cut: int) -> None:
+    """Mutated and truncated copies first: the true one must then still open, and the window be whole."""
+    alice, bob = sealer(), opener()
+    before, true = alice.seal(b"before"), alice.seal(b"fresh")
+    assert isinstance(bob.open(before), Opened)
+    mutated = bytearray(true)
+    mutated[position] ^= change
+    assert isinstance(bob.open(bytes(mutated)), Dropped)
+    if cut:
+        assert isinstance(bob.open(true[:-cut]), Dropped)
+    assert bob.open(true) == Opened(ALICE, EPOCH, b"fresh")
+    assert bob.open(before) == dropped(DropReason.REPLAYED)
