@@ -1,0 +1,179 @@
+"""Commands that look: status, peers, caps, resolve, plugins, config show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final, cast
+
+import click
+
+from meshd.cli import complete
+from meshd.cli.failures import Exit
+from meshd.cli.render import Column, duration, facts, harmless, plain, table, terminal_width
+from meshd.cli.settings import Settings, json_option, pass_settings, print_json
+
+if TYPE_CHECKING:
+    from meshd_plugins.api import Value
+
+_PEERS: Final = (
+    Column("name", "node", lambda value: plain(value)),
+    Column("state", "state"),
+    Column("address", "address"),
+    Column("round_trip_ms", "rtt ms", right=True),
+    Column("capabilities", "caps", right=True),
+    Column("load", "load"),
+    Column("load_age_s", "load age", duration, right=True),
+    Column("since_s", "since", duration, right=True),
+)
+_CAPABILITIES: Final = (
+    Column("name", "name"),
+    Column("node_name", "node"),
+    Column("operations", "operations"),
+    Column("model", "model"),
+    Column("slots", "busy", right=True),
+    Column("decode_tokens_per_s", "tok/s", right=True),
+    Column("privacy", "privacy"),
+    Column("state", "state"),
+    Column("age_s", "age", duration, right=True),
+)
+_CANDIDATES: Final = (
+    Column("place", "#", right=True),
+    Column("node_name", "node"),
+    Column("capability", "capability"),
+    Column("match", "match"),
+    Column("weight", "weight", right=True),
+    Column("age_s", "age", duration, right=True),
+    Column("reason", "why"),
+)
+_LEFT_OUT: Final = (
+    Column("node_name", "node"),
+    Column("capability", "capability"),
+    Column("reason", "why not"),
+)
+_PLUGINS: Final = (
+    Column("name", "plugin"),
+    Column("state", "state"),
+    Column("version", "version"),
+    Column("capabilities", "capabilities"),
+    Column("reason", "why"),
+)
+_CONFIG: Final = (Column("key", "key"), Column("value", "value"), Column("origin", "origin"))
+
+
+@click.command()
+@click.option("-v", "--verbose", is_flag=True, help="Show the counters too.")
+@json_option
+@pass_settings
+def status(settings: Settings, verbose: bool) -> None:
+    """Show this node: its mesh, its members, its load."""
+    view = settings.client().get("status")
+    if settings.as_json:
+        print_json(view)
+        return
+    click.echo(facts(view, skip=() if verbose else ("counters",)))
+
+
+@click.command()
+@json_option
+@pass_settings
+def peers(settings: Settings) -> None:
+    """List the members of the mesh, this node first."""
+    _list(settings, "peers", _PEERS)
+
+
+@click.command()
+@json_option
+@pass_settings
+def caps(settings: Settings) -> None:
+    """List what the mesh can do, and who does it."""
+    view = settings.client().get("capabilities")
+    if settings.as_json:
+        print_json(view["capabilities"])
+        return
+    shown: list[Mapping[str, Value]] = []
+    for row in _rows(view, "capabilities"):
+        busy = "?" if row.get("busy") is None else plain(row.get("busy"))
+        shown.append({**row, "slots": f"{busy}/{plain(row.get('slots'))}"})
+    click.echo(table(shown, _CAPABILITIES, terminal_width()))
+
+
+@click.command()
+@json_option
+@pass_settings
+def plugins(settings: Settings) -> None:
+    """List the plugins of this node."""
+    _list(settings, "plugins", _PLUGINS)
+
+
+@click.command()
+@click.argument("name", shell_complete=complete.names)
+@click.argument("constraints", nargs=-1)
+@click.option("--explain", is_flag=True, help="Show those left out too, and why.")
+@json_option
+@click.pass_context
+def resolve(
+    ctx: click.Context,
+    name: str,
+    constraints: tuple[str, ...],
+    explain: bool,
+) -> None:
+    """Show who would serve NAME, best first, and why.
+
+    Constraints may follow as words, and need no quotes when their operators are written as letters:
+
+        meshd resolve knowledge.gpt/general context.ge=8192 zone=lab
+    """
+    settings = ctx.ensure_object(Settings)
+    query = with_constraints(name, constraints)
+    view = settings.client().get("resolve", name=query)
+    candidates, left_out = _rows(view, "candidates"), _rows(view, "left_out")
+    if settings.as_json:
+        print_json(view)
+    elif candidates:
+        placed = [{"place": i, **row} for i, row in enumerate(candidates, start=1)]
+        click.echo(table(placed, _CANDIDATES, terminal_width()))
+    if not settings.as_json and left_out and (explain or not candidates):
+        more = view.get("left_out_more")
+        click.echo(f"{chr(10) if candidates else ''}left out:")
+        click.echo(table(left_out, _LEFT_OUT, terminal_width()))
+        if more:
+            click.echo(f"and {plain(more)} more")
+    if not candidates:
+        near = view.get("nearest")
+        hint = f"; nearest: {plain(near)}" if near else ""
+        click.echo(f"meshd: nobody serves {harmless(query)} now{hint}", err=True)
+        ctx.exit(Exit.NOT_SERVED)
+
+
+@click.group()
+def config() -> None:
+    """Look at the configuration."""
+
+
+@config.command("show")
+@json_option
+@pass_settings
+def config_show(settings: Settings) -> None:
+    """Show every setting of the running daemon, its value and where that comes from."""
+    _list(settings, "config", _CONFIG)
+
+
+def with_constraints(name: str, words: tuple[str, ...]) -> str:
+    """The name with further words as constraints."""
+    if not words:
+        return name
+    separator = "&" if "?" in name or "," in name else "?"
+    return name + separator + "&".join(words)
+
+
+def _list(settings: Settings, key: str, columns: tuple[Column, ...]) -> None:
+    view = settings.client().get(key)
+    if settings.as_json:
+        print_json(view[key])
+        return
+    click.echo(table(_rows(view, key), columns, terminal_width()))
+
+
+def _rows(view: Mapping[str, Value], key: str) -> list[Mapping[str, Value]]:
+    rows = view.get(key)
+    return cast("list[Mapping[str, Value]]", rows) if isinstance(rows, list) else []

@@ -1,0 +1,172 @@
+"""The mesh API: what the command line, and anything else that wants more than OpenAI's API, talks to.
+
+It carries what OpenAI's shape has no room for: the plan, who was chosen and why, each subtask's output,
+and resolution with its reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, cast
+from urllib.parse import parse_qs
+
+from meshd.edge.asking import EventStream, asking
+from meshd.edge.context import context_of, log_unexpected
+from meshd.edge.errors import ClientGone, RequestError, problem_of
+from meshd.edge.events_json import event_to_plain, problem_to_plain
+from meshd.edge.http import from_json, read_body, send_json, to_json
+from meshd.edge.openai_request import deadline, messages_of, privacy, sampling
+from meshd.edge.targets import Models
+from meshd.orchestrate.events import Answered, Ask
+from meshd_plugins.api import Failed, Operation, Value
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from meshd.edge.context import RequestContext
+    from meshd.edge.limits import EdgeLimits
+    from meshd.orchestrate.service import MeshService
+
+_BEAT: Final = b'{"event":"waiting"}\n'
+
+
+class View:
+    """A `GET` of one of the service's synchronous views. An ASGI application."""
+
+    def __init__(self, key: str, read: Callable[[], Value]) -> None:
+        self._key = key
+        self._read = read
+
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        """Answer `{KEY: [...]}`, or the mapping itself where the view is one."""
+        value = self._read()
+        body = value if isinstance(value, Mapping) else {self._key: value}
+        await send_json(send, 200, to_json(body), context_of(scope).headers)
+
+
+class Resolve:
+    """`GET /mesh/v1/resolve?name=...`. An ASGI application."""
+
+    def __init__(self, service: MeshService, models: Models) -> None:
+        self._service = service
+        self._models = models
+
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        query = cast("bytes", scope["query_string"]).decode("latin-1")
+        names = parse_qs(query, keep_blank_values=True).get("name", [])
+        if len(names) != 1:
+            raise RequestError("Exactly one `name` is wanted in the query", param="name")
+        body = to_json(self._service.resolve(self._models.target_for(names[0])))
+        await send_json(send, 200, body, context_of(scope).headers)
+
+
+class Leave:
+    """`POST /mesh/v1/leave`: only for those whom the Unix socket's mode lets in. An ASGI application."""
+
+    def __init__(self, service: MeshService) -> None:
+        self._service = service
+
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        """Answer one request, once the leave was announced."""
+        context = context_of(scope)
+        if not context.unix:
+            raise RequestError(
+                "Leaving is possible only through the Unix socket (`meshd leave`)",
+                code="unix_socket_only",
+                status=403,
+            )
+        await self._service.leave()
+        await send_json(send, 200, to_json({"left": True}), context.headers)
+
+
+class MeshAsk:
+    """`POST /mesh/v1/ask`: the events of an ask, a JSON object a line. An ASGI application."""
+
+    def __init__(self, service: MeshService, models: Models, limits: EdgeLimits) -> None:
+        self._service = service
+        self._models = models
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. The last line is `answered` or `error`; anything else is a torso."""
+        limits = self._limits
+        context = context_of(scope)
+        raw = await read_body(scope, receive, limits.request_bytes_max, limits.body_deadline_s)
+        ask = self._ask_of(from_json(raw), context)
+        stream = EventStream(receive, send, b"application/x-ndjson", _BEAT, limits.heartbeat_s)
+        stream.headers.extend(context.headers)
+
+        async def relay() -> None:
+            answered = False
+            async with asking(self._service, ask, limits.deadline_grace_s) as events:
+                async for event in events:
+                    answered = answered or isinstance(event, Answered)
+                    await stream.write(to_json(event_to_plain(event)) + b"\n")
+            if not answered:
+                raise Failed("the answer ended before it was complete", code="stream_lost")
+
+        try:
+            await stream.run(relay)
+        except ClientGone:
+            raise
+        except Exception as error:
+            if not stream.started:
+                raise
+            log_unexpected(context, scope, error)
+            await stream.fail(to_json(problem_to_plain(problem_of(error))) + b"\n")
+
+    def _ask_of(self, payload: Mapping[str, Value], context: RequestContext) -> Ask:
+        limits = self._limits
+        named = payload.get("target")
+        if not isinstance(named, str) or not named:
+            raise RequestError("`target` must be 'auto' or a name", param="target")
+        target = self._models.target_for(named)
+        split = payload.get("split", True)
+        if not isinstance(split, bool):
+            raise RequestError("`split` must be true or false", param="split")
+        operation = _operation(payload)
+        return Ask(
+            target=target,
+            operation=operation,
+            body=_body(payload, operation, target),
+            request_id=context.request_id,
+            deadline_s=min(deadline(payload) or limits.deadline_default_s, limits.deadline_max_s),
+            privacy=privacy(payload),
+            split=split,
+            idempotency_id=context.idempotency_id,
+            trace=context.trace,
+        )
+
+
+def _operation(payload: Mapping[str, Value]) -> Operation:
+    named = payload.get("operation", Operation.CHAT.value)
+    try:
+        return Operation(str(named))
+    except ValueError as error:
+        known = ", ".join(Operation)
+        raise RequestError(f"`operation` must be one of {known}", param="operation") from error
+
+
+def _body(payload: Mapping[str, Value], operation: Operation, target: str) -> dict[str, Value]:
+    prompt = payload.get("prompt")
+    if prompt is not None and not isinstance(prompt, str):
+        raise RequestError("`prompt` must be a string", param="prompt")
+    if operation is Operation.FETCH or (prompt is None and target.startswith("data.")):
+        return {}
+    if operation is Operation.CHAT:
+        messages = payload.get("messages")
+        if prompt is not None:
+            messages = [{"role": "user", "content": prompt}]
+        elif messages is None:
+            raise RequestError("`prompt` (or `messages`) is missing", param="prompt")
+        return {"messages": messages_of(messages), **sampling(payload)}
+    if prompt is None:
+        raise RequestError("`prompt` is missing", param="prompt")
+    match operation:
+        case Operation.COMPLETE:
+            return {"prompt": prompt, **sampling(payload)}
+        case Operation.EMBED:
+            return {"input": [prompt]}
+        case Operation.RUN:
+            return {"input": prompt}

@@ -1,0 +1,321 @@
+"""The capabilities of this node: registered by plugins, guarded by admission, invoked under a deadline.
+
+Whoever asks, over HTTP on this node or over a stream from a peer, comes through `CapabilityHost.invoke`,
+so slots, queue bounds, draining and the contract of `meshd_plugins.api` hold for both alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from traceback import extract_tb
+from typing import assert_never
+
+import trio
+
+from meshd.core import admission as doors
+from meshd.core.admission import Admission, AdmissionConfig, Admitted, Queued, Ticket
+from meshd.orchestrate.records import check_fits
+from meshd_naming import parse_capability_name
+from meshd_plugins.api import (
+    Capability,
+    CapabilityError,
+    Chunk,
+    Descriptor,
+    Done,
+    Event,
+    Failed,
+    Logger,
+    Refused,
+    Request,
+)
+
+Emit = Callable[[Chunk], Awaitable[None]]
+CLOSE_DEADLINE_S = 2.0  # for a capability to clean up when its request is cancelled
+HOSTED_MAX = 200  # capabilities; with their models and some tombstones they fit into one record
+
+
+@dataclass(frozen=True, slots=True)
+class HostChange:
+    """A capability came, changed, or (`descriptor` None) went."""
+
+    capability_id: str
+    descriptor: Descriptor | None
+
+
+@dataclass(slots=True)
+class _Hosted:
+    """One registered capability with its door."""
+
+    capability: Capability
+    descriptor: Descriptor  # as it was registered: a property may say something else tomorrow
+    door: Admission
+
+
+class CapabilityHost:
+    """Implements `meshd_plugins.api.Capabilities` for the plugins and runs what they registered.
+
+    Args:
+        queue_max: requests that may wait for a slot of one capability.
+        changed: told of every change, in the order in which they happen.
+        load_changed: told when a request comes or goes.
+        log: bound logger.
+    """
+
+    def __init__(
+        self,
+        *,
+        queue_max: int,
+        changed: Callable[[HostChange], None],
+        load_changed: Callable[[], None],
+        log: Logger,
+    ) -> None:
+        self._queue_max = queue_max
+        self._hosted: dict[str, _Hosted] = {}
+        self._changed = changed
+        self._load_changed = load_changed
+        self._log = log
+        self._waiting: dict[Ticket, trio.Event] = {}
+        self._draining = False
+        self._in_flight = 0
+        self._idle = trio.Event()
+        self._idle.set()
+
+    # -- registration (meshd_plugins.api.Capabilities) ------------------------------------------------
+
+    def add(self, capability: Capability) -> None:
+        """Announce it.
+
+        Raises:
+            ValueError: the name is malformed, the id is taken on this node, the descriptor is too large
+                for the store, or there are `HOSTED_MAX` already. Nothing was changed.
+        """
+        descriptor = _checked(capability.descriptor)
+        if descriptor.id in self._hosted:
+            raise ValueError(f"{descriptor.id} is registered on this node already")
+        if len(self._hosted) >= HOSTED_MAX:
+            raise ValueError(f"{descriptor.id} is one too many: a node announces {HOSTED_MAX}")
+        self._hosted[descriptor.id] = _Hosted(capability, descriptor, self._door(descriptor))
+        self._changed(HostChange(descriptor.id, descriptor))
+
+    def replace(self, capability: Capability) -> None:
+        """Announce a new descriptor under the same id.
+
+        What runs keeps its slot; a changed number of slots counts from the next request on.
+
+        Raises:
+            KeyError: the id is not there.
+            ValueError: as `add`. Nothing was changed.
+        """
+        descriptor = _checked(capability.descriptor)
+        hosted = self._hosted[descriptor.id]
+        if hosted.door.config.slots != descriptor.slots:
+            hosted.door.config = AdmissionConfig(descriptor.slots, self._queue_max)
+        hosted.capability, hosted.descriptor = capability, descriptor
+        self._changed(HostChange(descriptor.id, descriptor))
+
+    def remove(self, capability_id: str) -> None:
+        """Withdraw it; requests in flight go on. Raises KeyError if the id is not there."""
+        hosted = self._hosted.pop(capability_id)
+        self._turn_away(hosted.door)
+        self._changed(HostChange(capability_id, None))
+
+    def _turn_away(self, door: Admission) -> None:
+        for ticket in door.drain():
+            self._waiting[ticket].set()
+
+    def _door(self, descriptor: Descriptor) -> Admission:
+        door = Admission(AdmissionConfig(descriptor.slots, self._queue_max))
+        if self._draining:
+            door.drain()
+        return door
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    def descriptors(self) -> tuple[Descriptor, ...]:
+        """What is registered now, sorted by id."""
+        return tuple(self._hosted[key].descriptor for key in sorted(self._hosted))
+
+    def descriptor(self, capability_id: str) -> Descriptor | None:
+        """What is registered under an id."""
+        hosted = self._hosted.get(capability_id)
+        return hosted.descriptor if hosted is not None else None
+
+    def busy(self) -> dict[str, tuple[int, int]]:
+        """Requests that run and that wait, by capability id."""
+        loads = {key: hosted.door.load() for key, hosted in self._hosted.items()}
+        return {key: (load["busy"], load["queued"]) for key, load in loads.items()}
+
+    @property
+    def queue_max(self) -> int:
+        """How many requests may wait for one capability."""
+        return self._queue_max
+
+    @property
+    def draining(self) -> bool:
+        """Whether new work is refused."""
+        return self._draining
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that run or wait now."""
+        return self._in_flight
+
+    # -- doing the work --------------------------------------------------------------------------------
+
+    async def invoke(self, capability_id: str, request: Request, emit: Emit) -> Done:
+        """Run one request here, chunks going to `emit` as they come.
+
+        The slot is given back whatever happens. Cancellation reaches the capability at once.
+
+        Raises:
+            Refused: `not_here`, `unsupported`, `draining` or `busy`; nothing was done.
+            BadRequest: as the capability says.
+            Failed: as the capability says; or `contract` if it broke the contract of
+                `meshd_plugins.api`; or `deadline_exceeded`.
+        """
+        hosted = self._hosted.get(capability_id)
+        if hosted is None:
+            raise Refused(f"{capability_id} is not on this node", code="not_here")
+        if request.operation not in hosted.descriptor.operations:
+            raise Refused(f"{capability_id} does not {request.operation}", code="unsupported")
+        self._in_flight += 1
+        if self._in_flight == 1:
+            self._idle = trio.Event()
+        self._load_changed()
+        try:
+            with trio.move_on_after(request.deadline_s):
+                return await self._admitted(hosted, request, emit)
+            raise Failed(
+                f"{capability_id} did not finish within {request.deadline_s:.1f} s",
+                code="deadline_exceeded",
+            )
+        finally:
+            self._in_flight -= 1
+            self._load_changed()
+            if self._in_flight == 0:
+                self._idle.set()
+
+    async def drain(self) -> None:
+        """Take nothing new; return when what runs has ended. The caller bounds the wait."""
+        self._draining = True
+        for hosted in self._hosted.values():
+            self._turn_away(hosted.door)
+        await self._idle.wait()
+
+    async def _admitted(self, hosted: _Hosted, request: Request, emit: Emit) -> Done:
+        now_s = trio.current_time()
+        ticket = Ticket(request.request_id, request.caller, now_s + request.deadline_s)
+        verdict = hosted.door.request(ticket, now_s)
+        match verdict:
+            case Admitted():
+                pass
+            case Queued():
+                await self._wait_for_slot(hosted, ticket)
+            case doors.Refused():
+                raise Refused(f"{hosted.descriptor.id}: {verdict.message}", code=verdict.code)
+            case _:
+                assert_never(verdict)
+        try:
+            return await self._run(hosted, request, emit)
+        finally:
+            self._release(hosted.door, ticket)
+
+    async def _wait_for_slot(self, hosted: _Hosted, ticket: Ticket) -> None:
+        """Return with a slot, or raise without one."""
+        door = hosted.door
+        turn = self._waiting[ticket] = trio.Event()
+        try:
+            await turn.wait()
+        except trio.Cancelled:
+            if door.holds(ticket):  # admitted and cancelled in the same moment
+                self._release(door, ticket)
+            else:
+                door.cancel(ticket)
+            raise
+        finally:
+            del self._waiting[ticket]
+        if not door.holds(ticket):
+            code = "draining" if self._draining else "not_here"
+            raise Refused(f"{hosted.descriptor.id} takes no new work", code=code)
+
+    def _release(self, door: Admission, ticket: Ticket) -> None:
+        for admitted in door.release(ticket, trio.current_time()):
+            self._waiting[admitted].set()
+
+    async def _run(self, hosted: _Hosted, request: Request, emit: Emit) -> Done:
+        """Pull the events of one invocation; what `emit` raises is not the capability's fault."""
+        name = hosted.descriptor.id
+        events: AsyncGenerator[Event, None] | None = None
+        done: Done | None = None
+        try:
+            with _Boundary(name, self._log):
+                events = hosted.capability.invoke(request)
+            while True:
+                with _Boundary(name, self._log):
+                    event = await anext(events, None)
+                match event:
+                    case None:
+                        break
+                    case Chunk() if done is None:
+                        await emit(event)
+                    case Done() if done is None:
+                        done = event
+                    case Chunk() | Done():
+                        raise Failed(f"{name} went on after its end", code="contract")
+                    case _:  # plugins need not be type-checked
+                        raise Failed(f"{name} yielded what is no event", code="contract")
+        finally:
+            if events is not None:
+                with trio.move_on_after(CLOSE_DEADLINE_S, shield=True), _Boundary(name, self._log):
+                    await events.aclose()
+        if done is None:
+            raise Failed(f"{name} stopped without saying that it was done", code="contract")
+        return done
+
+
+class _Boundary:
+    """Where a plugin's code runs: what it raises beside the errors of the contract becomes `Failed`.
+
+    The log says what was raised and where, and not with which words: those may quote the prompt.
+    """
+
+    def __init__(self, name: str, log: Logger) -> None:
+        self._name = name
+        self._log = log
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, BaseExceptionGroup):
+            self._split(error)
+        if isinstance(error, Exception) and not isinstance(error, CapabilityError):
+            raise self._crashed(error) from error
+
+    def _split(self, group: BaseExceptionGroup[BaseException]) -> None:
+        """A nursery of the plugin: a cancellation in it must reach the scope that caused it."""
+        broken, stopped = group.split(Exception)
+        if stopped is not None:
+            if broken is not None:
+                self._crashed(broken)
+            raise stopped
+        if len(group.exceptions) == 1 and isinstance(group.exceptions[0], CapabilityError):
+            raise group.exceptions[0]
+
+    def _crashed(self, error: BaseException) -> Failed:
+        kind = type(error).__qualname__
+        frames = extract_tb(error.__traceback__)
+        where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        self._log.error("capability.crashed", capability=self._name, error=kind, where=where)
+        return Failed(f"{self._name} crashed: {kind}", code="crashed")
+
+
+def _checked(descriptor: Descriptor) -> Descriptor:
+    parse_capability_name(descriptor.name)
+    if descriptor.slots < 1:
+        raise ValueError(f"{descriptor.id}: slots must be at least 1, not {descriptor.slots}")
+    if not descriptor.operations:
+        raise ValueError(f"{descriptor.id}: it must have an operation")
+    check_fits(descriptor)
+    return descriptor

@@ -1,0 +1,271 @@
+"""The mesh as one node's edges see it: implements `MeshService`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from meshd.core.membership import MemberView
+from meshd.orchestrate.catalogue import Catalogue
+from meshd.orchestrate.events import Answered, Ask, AskEvent, Piece, Routed
+from meshd.orchestrate.executor import Executor
+from meshd.orchestrate.planner import Plan, plan
+from meshd_cms import node_id_text
+from meshd_naming import NamingError, ResolveOptions
+from meshd_plugins.api import CapabilityError, Failed, Logger, Refused, Value
+
+ERROR_CHARS_MAX = 500  # of an error's message in the canonical line
+EVENTS_WAITING_MAX = 16  # between the plan and whoever reads its events; then the plan waits
+Facts = Callable[[], Mapping[str, Value]]
+
+
+@dataclass(frozen=True, slots=True)
+class Faces:
+    """What the service shows of parts that it does not own."""
+
+    status: Facts
+    plugins: Callable[[], Sequence[Mapping[str, Value]]]
+    config: Callable[[], Sequence[Mapping[str, Value]]]
+    leave: Callable[[], Awaitable[None]]
+
+
+class Mesh:
+    """One node's view of the mesh, for its edges.
+
+    Args:
+        catalogue: what is known.
+        executor: what runs plans.
+        faces: status, plugins, configuration and leaving, from the composition root.
+        requests_max: asks in flight here; further ones are refused.
+        log: one canonical line is written for each ask.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        executor: Executor,
+        faces: Faces,
+        *,
+        requests_max: int,
+        log: Logger,
+    ) -> None:
+        self._catalogue = catalogue
+        self._executor = executor
+        self._faces = faces
+        self._requests_max = requests_max
+        self._log = log
+        self._draining = False
+        self._asks = 0
+
+    @asynccontextmanager
+    async def ask(self, ask: Ask) -> AsyncIterator[AsyncIterator[AskEvent]]:
+        """Run one ask; see `MeshService.ask`."""
+        line = _CanonicalLine(ask, trio.current_time())
+        self._asks += 1
+        try:
+            async with self._running(ask, line) as events:
+                yield events
+        except Exception as error:
+            line.error = error
+            raise
+        finally:
+            self._asks -= 1
+            line.write(self._log)
+
+    @asynccontextmanager
+    async def _running(self, ask: Ask, line: _CanonicalLine) -> AsyncGenerator[_Events, None]:
+        """The plan's task; what ends it is raised where its events are read, as it is."""
+        if self._draining:
+            raise Refused("this node is stopping", code="draining")
+        if self._asks > self._requests_max:
+            raise Refused(f"{self._requests_max} requests are in flight here", code="busy")
+        planned = plan(ask, self._catalogue.data_names())
+        send, receive = trio.open_memory_channel[AskEvent](EVENTS_WAITING_MAX)
+        events = _Events(receive, line)
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._run, ask, planned, send, events)
+            try:
+                yield events
+            except Exception as error:  # noqa: BLE001 - raised again outside the nursery, so that
+                failure = error  # callers see the error itself and no group of one
+                line.reader_broke = error is not events.failure
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    def resolve(self, name: str) -> Mapping[str, Value]:
+        """Resolution of a name, explained; see `MeshService.resolve`."""
+        resolution = self._catalogue.resolve(name, ResolveOptions(explain=True))
+        return resolution.to_value()
+
+    def status(self) -> Mapping[str, Value]:
+        """This node."""
+        return self._faces.status()
+
+    def peers(self) -> list[Mapping[str, Value]]:
+        """Members, this node first, then by name."""
+        offered = Counter(offer.owner for offer in self._catalogue.offers())
+        rows = [self._peer(view, offered[view.node]) for view in self._catalogue.members()]
+        return sorted(rows, key=lambda row: (not row["self"], str(row["name"]), str(row["node"])))
+
+    def capabilities(self) -> list[Mapping[str, Value]]:
+        """Every capability known in the mesh, by name, then by node."""
+        rows: list[Mapping[str, Value]] = []
+        for offer in self._catalogue.offers():
+            load = self._catalogue.load_of((offer.owner, offer.capability_id))
+            family, quant, context = (offer.fields.get(k) for k in ("family", "quant", "context"))
+            rows.append(
+                {
+                    "name": offer.name.path,
+                    "capability": offer.capability_id,
+                    "node": node_id_text(offer.owner),
+                    "node_name": offer.node_name,
+                    "state": self._catalogue.state_of(offer.owner).name.lower(),
+                    "operations": list(offer.operations),
+                    "summary": self._catalogue.summary_of(offer),
+                    "slots": offer.slots,
+                    "busy": load.busy if load else None,
+                    "queued": load.queued if load else None,
+                    "model": family,
+                    "quantisation": quant,
+                    "context_tokens": context,
+                    "decode_tokens_per_s": offer.fields.get("decode_tokens_per_s"),
+                    "prefill_tokens_per_s": offer.fields.get("prefill_tokens_per_s"),
+                    "privacy": offer.privacy.name.lower(),
+                    "age_s": round(self._catalogue.age_of(offer.owner), 1),
+                }
+            )
+        return sorted(rows, key=lambda row: (str(row["name"]), str(row["node_name"])))
+
+    def plugins(self) -> list[Mapping[str, Value]]:
+        """Plugins of this node."""
+        return list(self._faces.plugins())
+
+    def config(self) -> list[Mapping[str, Value]]:
+        """Configuration in force."""
+        return list(self._faces.config())
+
+    async def leave(self) -> None:
+        """Announce a graceful leave and stop the daemon."""
+        await self._faces.leave()
+
+    def drain(self) -> None:
+        """Refuse new asks from now on."""
+        self._draining = True
+
+    @property
+    def asks_in_flight(self) -> int:
+        """Asks that run now."""
+        return self._asks
+
+    def _peer(self, view: MemberView, offered: int) -> Mapping[str, Value]:
+        shown = self._catalogue.load_shown(view.node)
+        load, load_age_s = shown if shown is not None else ({}, None)
+        return {
+            "node": node_id_text(view.node),
+            "name": view.name,
+            "address": f"{view.address[0]}:{view.address[1]}",
+            "state": view.state.value,
+            "self": view.is_self,
+            "since_s": round(max(0.0, trio.current_time() - view.since_s), 1),
+            "round_trip_ms": None
+            if view.round_trip_s is None
+            else round(view.round_trip_s * 1e3, 2),
+            "load_age_s": None if load_age_s is None else round(load_age_s, 1),
+            "load": dict(load),
+            "capabilities": offered,
+        }
+
+    async def _run(
+        self, ask: Ask, planned: Plan, send: trio.MemorySendChannel[AskEvent], events: _Events
+    ) -> None:
+        async with send:
+            try:
+                await self._executor.run(ask, planned, send.send)
+            except Exception as error:  # noqa: BLE001 - handed to the reader, a bug of ours too
+                events.failure = error
+
+
+class _CanonicalLine:
+    """What the one log line of an ask says: who did what, how long, how it ended. No content."""
+
+    def __init__(self, ask: Ask, began_s: float) -> None:
+        self._ask = ask
+        self._began_s = began_s
+        self._peers: list[str] = []
+        self._first_s: float | None = None
+        self.answered: Answered | None = None  # as its reader saw it
+        self.error: Exception | None = None
+        self.reader_broke = False  # the error came from whoever read the events
+
+    def take(self, event: AskEvent) -> None:
+        """Note what the line will say."""
+        match event:
+            case Routed():
+                self._peers.append(f"{event.capability_id}@{event.node_name}")
+            case Piece() if self._first_s is None:
+                self._first_s = trio.current_time() - self._began_s
+            case Answered():
+                self.answered = event
+            case _:
+                pass
+
+    def write(self, log: Logger) -> None:
+        """Write it."""
+        fields: dict[str, object] = {
+            "request_id": self._ask.request_id,
+            "target": self._ask.target,
+            "operation": str(self._ask.operation),
+            "peers": self._peers,
+            "total_ms": round((trio.current_time() - self._began_s) * 1e3, 1),
+        }
+        if self._first_s is not None:
+            fields["first_ms"] = round(self._first_s * 1e3, 1)
+        if self.answered is not None:
+            usage = self.answered.usage
+            fields["finish_reason"] = self.answered.finish_reason
+            fields["prompt_tokens"] = usage.prompt_tokens
+            fields["completion_tokens"] = usage.completion_tokens
+            outcome = "ok"
+        elif self.error is not None:
+            outcome = self._code(self.error)
+            if isinstance(self.error, Refused | Failed):
+                fields["error"] = self.error.message[:ERROR_CHARS_MAX]
+        else:
+            outcome = "cancelled"
+        log.info("ask.finished", outcome=outcome, **fields)
+
+    def _code(self, error: Exception) -> str:
+        """A stable code. The message of a bad request or name may quote the prompt: it is not logged."""
+        if isinstance(error, CapabilityError | NamingError):
+            return error.code
+        return "cancelled" if self.reader_broke else "internal"
+
+
+class _Events:
+    """The events as they come; raises what ended the plan before its answer was complete."""
+
+    def __init__(self, receive: trio.MemoryReceiveChannel[AskEvent], line: _CanonicalLine) -> None:
+        self._receive = receive
+        self._line = line
+        self.failure: Exception | None = None
+
+    def __aiter__(self) -> _Events:
+        return self
+
+    async def __anext__(self) -> AskEvent:
+        try:
+            event = await self._receive.receive()
+        except trio.EndOfChannel:
+            if self.failure is not None:
+                raise self.failure from None
+            if self._line.answered is None:
+                raise Failed("the plan ended without an answer", code="internal") from None
+            raise StopAsyncIteration from None
+        self._line.take(event)
+        return event

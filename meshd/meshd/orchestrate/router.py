@@ -1,0 +1,316 @@
+"""One subtask to one capability: resolve, choose, try, try elsewhere.
+
+What is retried: a refusal and a failure before the first piece, on another candidate, at most
+`attempts_max` in all and until the deadline. What is not: a bad request (every peer would say the same),
+and anything after the first piece, since a second answer glued to half of a first one is neither. A peer
+that is silent is given up by deadlines on the first piece and between pieces, so that a hung peer costs
+seconds and not the request; time in which our own reader was slow is not counted as its silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Protocol
+
+import trio
+
+from meshd.core.effects import Address
+from meshd.core.scheduler import Choice, Demand, Scheduler
+from meshd.orchestrate.catalogue import Catalogue
+from meshd.orchestrate.events import PlannedSubtask, Routed, SubtaskDone
+from meshd.orchestrate.host import CapabilityHost, Emit
+from meshd_cms import NodeId, node_id_text
+from meshd_naming import Candidate, ResolveOptions
+from meshd_plugins.api import (
+    Chunk,
+    Done,
+    Failed,
+    Privacy,
+    Refused,
+    Request,
+    Value,
+)
+
+CHARS_PER_TOKEN = 4  # for the estimate of a prompt's length, nothing else
+ANSWER_TOKENS_DEFAULT = 128
+DEADLINE_CODE = "deadline_exceeded"
+
+
+class Remote(Protocol):
+    """Capabilities of other nodes, as the router needs them."""
+
+    async def invoke(
+        self, owner: NodeId, address: Address, capability_id: str, request: Request, emit: Emit
+    ) -> Done:
+        """Run a request on a peer. Raises Refused, BadRequest or Failed; state as those say."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Bounds of one subtask."""
+
+    attempts_max: int = 3  # candidates that are asked. Up: fewer failures, later ones
+    first_piece_s: float = 30.0  # silence before the first piece. Up: tolerates slow prefill
+    between_pieces_s: float = 15.0  # silence between pieces. Up: notices a hung peer later
+
+
+@dataclass(slots=True)
+class RouterStatistics:
+    """What routing did so far."""
+
+    requests: int = 0
+    forwarded: int = 0
+    served_here: int = 0
+    retries: int = 0
+    refusals: int = 0
+    failures: int = 0
+    hung: int = 0
+    not_served: int = 0
+
+
+class Router:
+    """Runs subtasks on the best candidate, here or on a peer."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        catalogue: Catalogue,
+        scheduler: Scheduler,
+        host: CapabilityHost,
+        remote: Remote,
+    ) -> None:
+        self._config = config
+        self._catalogue = catalogue
+        self._scheduler = scheduler
+        self._host = host
+        self._remote = remote
+        self.statistics = RouterStatistics()
+
+    async def run(
+        self,
+        subtask: PlannedSubtask,
+        request: Request,
+        *,
+        routed: Callable[[Routed], Awaitable[None]],
+        emit: Emit,
+    ) -> SubtaskDone:
+        """Run one subtask to its end.
+
+        Args:
+            subtask: its name and operation decide who may serve it.
+            request: `deadline_s` is what is left of the whole ask.
+            routed: told of each attempt before it starts.
+            emit: gets the pieces.
+
+        Raises:
+            NamingError: malformed, or nobody serves the name (`NotServed`, with what is near).
+            BadRequest, Refused, Failed: as the last candidate said, with all that were asked.
+        """
+        self.statistics.requests += 1
+        began_s = trio.current_time()
+        deadline = _Deadline(began_s + request.deadline_s, request.deadline_s)
+        choices = self._candidates(subtask, request)
+        failures: list[tuple[str, Refused | Failed]] = []
+        for attempt, choice in enumerate(choices, 1):
+            self.statistics.retries += attempt > 1
+            await routed(_routed(subtask, choice, attempt))
+            trial = _Trial(self, choice.candidate, deadline, emit)
+            try:
+                done = await trial.run(request)
+            except (Refused, Failed) as failure:
+                failures.append((choice.candidate.offer.node_name, failure))
+                if trial.first_at_s is not None or deadline.passed():
+                    break
+                continue
+            return _subtask_done(subtask, choice.candidate, done, began_s, trial.first_at_s)
+        raise _told(failures)
+
+    def _candidates(self, subtask: PlannedSubtask, request: Request) -> tuple[Choice, ...]:
+        options = ResolveOptions(
+            operation=str(subtask.operation),
+            privacy=request.privacy,
+            allow_cloud=request.privacy is Privacy.CLOUD,
+        )
+        resolution = self._catalogue.resolve(subtask.name, options)
+        if not resolution.candidates:
+            self.statistics.not_served += 1
+            raise resolution.not_served()
+        return self._order(resolution.candidates, request)
+
+    def _order(self, candidates: tuple[Candidate, ...], request: Request) -> tuple[Choice, ...]:
+        choices = self._scheduler.order(
+            candidates,
+            demand_of(request),
+            self._catalogue.load_of,
+            self._catalogue.round_trip_of,
+            trio.current_time(),
+        )
+        return choices[: self._config.attempts_max]
+
+    async def attempt(self, candidate: Candidate, request: Request, emit: Emit) -> Done:
+        """Ask one candidate, counting it in flight and remembering how it went."""
+        offer = candidate.offer
+        key = (offer.owner, offer.capability_id)
+        token = self._scheduler.in_flight.begin(key, trio.current_time())
+        try:
+            if candidate.local:
+                self.statistics.served_here += 1
+                done = await self._host.invoke(offer.capability_id, request, emit)
+            else:
+                done = await self._forward(candidate, request, emit)
+        except Failed as failure:
+            self.statistics.failures += 1
+            if failure.code != DEADLINE_CODE:  # how long it may take was our choice
+                self._scheduler.health.failed(key, trio.current_time())
+            raise
+        except Refused:
+            self.statistics.refusals += 1
+            raise
+        else:
+            self._scheduler.health.succeeded(key, trio.current_time())
+            return done
+        finally:
+            self._scheduler.in_flight.finish(token, trio.current_time())
+
+    async def _forward(self, candidate: Candidate, request: Request, emit: Emit) -> Done:
+        offer = candidate.offer
+        address = self._catalogue.address_of(offer.owner)
+        if address is None:
+            raise Refused(f"{offer.node_name} is not a member any more", code="not_here")
+        self.statistics.forwarded += 1
+        forwarded = replace(request, hops=request.hops + 1)
+        return await self._remote.invoke(offer.owner, address, offer.capability_id, forwarded, emit)
+
+    def note_hung(self, candidate: Candidate) -> None:
+        """A candidate was silent for too long: hold it against it."""
+        self.statistics.hung += 1
+        key = (candidate.offer.owner, candidate.offer.capability_id)
+        self._scheduler.health.failed(key, trio.current_time())
+
+    @property
+    def config(self) -> RouterConfig:
+        """The bounds in force."""
+        return self._config
+
+
+@dataclass(frozen=True, slots=True)
+class _Deadline:
+    """When the caller gives up."""
+
+    at_s: float  # trio's clock
+    asked_s: float  # as it was asked for
+
+    def passed(self) -> bool:
+        return trio.current_time() >= self.at_s
+
+    def error(self) -> Failed:
+        return Failed(f"not done within {self.asked_s:.1f} s", code=DEADLINE_CODE)
+
+
+class _Trial:
+    """One attempt, watched: silence beyond the bounds ends it, and so does the deadline."""
+
+    def __init__(
+        self, router: Router, candidate: Candidate, deadline: _Deadline, emit: Emit
+    ) -> None:
+        self._router = router
+        self._candidate = candidate
+        self._deadline = deadline
+        self._emit = emit
+        self._silence = trio.CancelScope()
+        self.first_at_s: float | None = None  # when the first piece came
+
+    async def run(self, request: Request) -> Done:
+        """The end of the answer.
+
+        Raises:
+            Refused, BadRequest, Failed: as the candidate said; `peer_hung`; `deadline_exceeded`.
+        """
+        now_s = trio.current_time()
+        if now_s >= self._deadline.at_s:
+            raise self._deadline.error()
+        request = replace(request, deadline_s=self._deadline.at_s - now_s)
+        self._silence.deadline = now_s + self._router.config.first_piece_s
+        with trio.move_on_at(self._deadline.at_s):
+            with self._silence:
+                return await self._router.attempt(self._candidate, request, self._piece)
+            raise self._hung()
+        raise self._deadline.error()
+
+    def _hung(self) -> Failed:
+        self._router.note_hung(self._candidate)
+        config = self._router.config
+        silent_s = config.first_piece_s if self.first_at_s is None else config.between_pieces_s
+        return Failed(f"nothing came for {silent_s:.0f} s", code="peer_hung")
+
+    async def _piece(self, chunk: Chunk) -> None:
+        if self.first_at_s is None:
+            self.first_at_s = trio.current_time()
+        self._silence.deadline = inf  # our own reader may be slow: that is not the peer's silence
+        await self._emit(chunk)
+        self._silence.deadline = trio.current_time() + self._router.config.between_pieces_s
+
+
+def _routed(subtask: PlannedSubtask, choice: Choice, attempt: int) -> Routed:
+    offer = choice.candidate.offer
+    return Routed(
+        subtask=subtask.id,
+        node=node_id_text(offer.owner),
+        node_name=offer.node_name,
+        name=offer.name.path,
+        capability_id=offer.capability_id,
+        reason=choice.reason,
+        attempt=attempt,
+    )
+
+
+def _subtask_done(
+    subtask: PlannedSubtask,
+    candidate: Candidate,
+    done: Done,
+    began_s: float,
+    first_at_s: float | None,
+) -> SubtaskDone:
+    now_s = trio.current_time()
+    return SubtaskDone(
+        subtask=subtask.id,
+        node_name=candidate.offer.node_name,
+        name=candidate.offer.name.path,
+        first_s=(now_s if first_at_s is None else first_at_s) - began_s,
+        total_s=now_s - began_s,
+        usage=done.usage,
+        finish_reason=done.finish_reason,
+        detail=done.detail,
+    )
+
+
+def _told(failures: Sequence[tuple[str, Refused | Failed]]) -> Refused | Failed:
+    """The last failure, with what all that were asked said."""
+    last = failures[-1][1]
+    said = "; ".join(f"{node}: {failure.message}" for node, failure in failures)
+    message = f"asked {len(failures)} peers; {said}" if len(failures) > 1 else said
+    kind = Refused if isinstance(last, Refused) else Failed  # a plugin's own subclass stays there
+    return kind(message, code=last.code)
+
+
+def demand_of(request: Request) -> Demand:
+    """What a request is expected to take: its prompt's length by characters, and the asked maximum."""
+    asked = request.body.get("max_tokens")
+    answer = asked if isinstance(asked, int) and asked > 0 else ANSWER_TOKENS_DEFAULT
+    prompt = 1 + _text_length(request.body) // CHARS_PER_TOKEN
+    return Demand(prompt_tokens=prompt, answer_tokens=answer)
+
+
+def _text_length(value: Value) -> int:
+    match value:
+        case str():
+            return len(value)
+        case Mapping():
+            return sum(_text_length(each) for each in value.values())
+        case list() | tuple():
+            return sum(_text_length(each) for each in value)
+        case _:
+            return 0
