@@ -1,0 +1,60 @@
+# Every target sets up what it needs and never calls sudo. PYTHON=/path chooses the interpreter.
+
+VENV := .venv
+BIN := $(VENV)/bin
+KEEP ?=
+ASK ?=
+SEEDS ?= 20
+PYTEST ?=
+
+# ASYNC114: wants a list of every startable function. ASYNC124: handlers of Starlette and hooks are async
+# by contract, with or without an await. ASYNC9xx: opt-in rules for libraries without structured callers.
+FLAKE8_IGNORED := ASYNC114,ASYNC124,ASYNC9
+
+# A question may hold any character: it travels through the environment and is never expanded.
+override ASK := $(value ASK)
+export ASK PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo demo-stop test check format sim bench build clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: ## set up .venv: every dependency, llama-cpp-python built here
+	@deploy/bootstrap.sh
+
+demo: venv ## five daemons, a real model; KEEP=1 leaves them running, ASK='...' takes any question
+	@$(BIN)/python deploy/demo/demo.py $(if $(KEEP),--keep) $(if $(ASK),--ask "$$ASK")
+
+demo-stop: venv ## end the mesh that KEEP=1 left running
+	@$(BIN)/python deploy/demo/demo.py --stop
+
+test: venv ## all tests; PYTEST='-k name' passes options
+	@$(BIN)/python -m pytest $(PYTEST)
+
+check: venv ## linters, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/flake8 --select=ASYNC --extend-ignore=$(FLAKE8_IGNORED) meshd cms naming plugins
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: venv ## let ruff format and mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+sim: venv ## the simulated mesh, SEEDS=N worlds
+	@$(BIN)/python -m tests.sim.run --seeds $(SEEDS)
+
+bench: venv ## the figures of docs/benchmarks.md
+	@for figure in $(notdir $(basename $(wildcard tests/bench/bench_*.py))); do \
+	    echo "== $$figure"; $(BIN)/python -m tests.bench.$$figure || exit; done
+
+build: venv ## wheel and source archive in dist/
+	@$(BIN)/python -m build --no-isolation --outdir dist
+
+clean: ## remove what was built here, .venv too
+	rm -rf $(VENV) .demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
