@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import msgpack  # type: ignore[import-untyped]  # has neither py.typed nor stubs
+import msgpack
 
 from meshd_cms.errors import CodecError
 
