@@ -349,28 +349,35 @@ def ask_with_openai(entry: Node) -> None:
         say()
         if not pieces or finish is None:
             raise DemoFailed(f"the OpenAI stream for {model} did not complete")
-        who = ", ".join(f"{part['node_name']} {part['total_s']:.2f} s" for part in parts)
+        who = ", ".join(f"{part['node']} {part['total_s']:.2f} s" for part in parts)
         say(
             f"{GREEN}✓{PLAIN} {DIM}{pieces} pieces, first {first_s:.3f} s, finish_reason {finish}; by {who}{PLAIN}"
         )
 
 
+def ask_and_see_who(entry: Node, question: tuple[str, ...]) -> str:
+    """Ask through the CLI and return the name of the node that answered."""
+    say(f"{DIM}$ meshd {' '.join(question)}{PLAIN}")
+    asked = [str(MESHD), "--socket", str(entry.socket), "--json", *question]
+    done = subprocess.run(
+        asked, capture_output=True, text=True, timeout=ASK_DEADLINE_S, check=False
+    )
+    if done.returncode != 0:
+        raise DemoFailed(f"no answer: {done.stderr}")
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    say("".join(event.get("text", "") for event in told if event["event"] == "piece"))
+    part = told[-1]["parts"][0]
+    say(f"{GREEN}✓{PLAIN} {DIM}{part['node']}  {part['total_s']:.2f} s{PLAIN}")
+    return str(part["node"])
+
+
 def kill_and_ask_again(entry: Node, everyone: list[Node]) -> None:
     """SIGKILL the peer that answered; the mesh notices; another holder answers."""
-    question = (
-        "ask",
-        "-v",
-        "--max-tokens",
-        "24",
-        "--temperature",
-        "0",
-        "knowledge.gpt/general",
-        "What is the capital of Italy?",
-    )
-    title("One of the two model holders is killed")
-    if run_cli(entry, *question) != 0:
-        raise DemoFailed("no answer before the kill")
-    victim = next(node for node in everyone if node.name == "ada")
+    target, prompt = "knowledge.gpt/general", "What is the capital of Italy?"
+    question = ("ask", "--max-tokens", "24", "--temperature", "0", target, prompt)
+    title("The peer that answered is killed")
+    answered_by = ask_and_see_who(entry, question)
+    victim = next(node for node in everyone if node.name == answered_by)
     assert victim.process is not None
     victim.process.kill()
     victim.process.wait()
@@ -388,9 +395,9 @@ def kill_and_ask_again(entry: Node, everyone: list[Node]) -> None:
     )
     say(f"{GREEN}✓{PLAIN} noticed after {took_s:.1f} s")
     run_cli(entry, "peers")
-    title("The same question again")
-    if run_cli(entry, *question) != 0:
-        raise DemoFailed("no answer after the kill")
+    title("The same question again, answered by another holder")
+    if ask_and_see_who(entry, question) == victim.name:
+        raise DemoFailed(f"{victim.name} is dead and answered")
 
 
 def show(everyone: list[Node], ask: str | None, began: float) -> None:

@@ -46,7 +46,7 @@ CRASH_WINDOW_S: Final = 120.0
 HEALTHY_S: Final = 60.0  # after serving this long the backoff begins anew
 
 # ggml's threads wait for each other by spinning, unless told not to. With one other busy process on two
-# cores that made a token take 1.8 s instead of 17 ms (decision 0010).
+# cores that made a token take 2 s instead of 17 ms (decision 0010).
 WORKER_ENVIRONMENT: Final[Mapping[str, str]] = {"OMP_WAIT_POLICY": "passive"}
 
 
