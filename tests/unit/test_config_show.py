@@ -81,9 +81,7 @@ def test_secret_names(name: str) -> None:
     assert is_secret_name(name)
 
 
-@pytest.mark.parametrize(
-    "name", ["tokens", "tokens_per_s", "kv_key", "key", "public_key"]
-)
+@pytest.mark.parametrize("name", ["tokens", "tokens_per_s", "kv_key", "key", "public_key"])
 def test_harmless_names(name: str) -> None:
     assert not is_secret_name(name)
 

@@ -45,7 +45,7 @@ def test_json_line_carries_event_node_level_and_time() -> None:
         "event": "member.joined",
         "peer": "0102",
         "age_s": 0.5,
-        "node": "kitchen",
+        "this_node": "kitchen",
         "level": "info",
     }
 
@@ -127,7 +127,7 @@ def test_lines_of_libraries_take_the_same_way() -> None:
         "event": "library.logged",
         "message": "cannot bind eth0",
         "logger": "zeroconf",
-        "node": "kitchen",
+        "this_node": "kitchen",
         "level": "warning",
     }
 
@@ -139,4 +139,4 @@ def test_a_second_configuration_replaces_the_first() -> None:
     logging.getLogger("hypercorn").warning("bound")
     structlog.get_logger().info("daemon.started")
     assert first.getvalue() == ""
-    assert [line["node"] for line in read(second)] == ["two", "two"]
+    assert [line["this_node"] for line in read(second)] == ["two", "two"]

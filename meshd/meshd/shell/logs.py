@@ -1,8 +1,9 @@
 """Logs: one structlog chain for our own lines and for those of libraries, to standard error.
 
-On a terminal a line is for people, otherwise it is a JSON object. Every line carries the node's name.
-What people ask and what is answered, and every secret, is taken out here by the name of its key, so
-that no call elsewhere has to remember it. A traceback has no local variables, for the same reason.
+On a terminal a line is for people, otherwise it is a JSON object. Every line carries the node's name
+as `this_node`. What people ask and what is answered, and every secret, is taken out here by the name of
+its key, so that no call elsewhere has to remember it. A traceback has no local variables, for the same
+reason.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def _safe(name: str, value: object, depth: int) -> object:
 def _with_node(node_name: str) -> Processor:
     def add_node(logger: WrappedLogger, method: str, event_dict: EventDict) -> EventDict:
         del logger, method
-        event_dict.setdefault("node", node_name)
+        event_dict["this_node"] = node_name  # `node` is free for the peer that a line is about
         return event_dict
 
     return add_node
