@@ -105,7 +105,7 @@ class PluginManager:
             if name in disabled:
                 plugin.reason = "disabled by the configuration"
             elif plugin.state is State.DISABLED:
-                plugin.reason = "off by default: name it in plugins.enabled"
+                plugin.reason = "off by default: name it in plugins.enable"
 
     # -- life ------------------------------------------------------------------------------------
 

@@ -65,8 +65,8 @@ def check_selection(
         UnknownPluginError: with the place and the nearest known name.
     """
     for where, names in (
-        ("plugins.enabled", enabled),
-        ("plugins.disabled", disabled),
+        ("plugins.enable", enabled),
+        ("plugins.disable", disabled),
         ("a table [plugins.*]", configured),
     ):
         for name in names:

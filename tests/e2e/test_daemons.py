@@ -164,7 +164,7 @@ def test_a_restart_remembers_its_peers_without_seeds_or_mdns(mesh: Mesh) -> None
 
 def test_without_a_mesh_the_daemon_does_not_start(tmp_path: Path) -> None:
     done = meshd("run", "--state-dir", str(tmp_path / "nothing"))
-    assert done.returncode == 1
+    assert done.returncode == 78
     assert "meshd init" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -198,7 +198,7 @@ def test_a_port_in_use_is_named_with_what_to_do(mesh: Mesh, kind: str) -> None:
             f"port = {ports[0]}\n[http]\nport = {ports[1]}\n"
         )
         done = meshd("--config", str(config), "run")
-    assert done.returncode == 1
+    assert done.returncode == 78
     assert str(port) in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -1,7 +1,7 @@
 """A mesh that plays scripts: stands in for the daemon in tests of the edge and the command line.
 
-Run as a program it serves the edge on a Unix socket until it is told to stop:
-`python -m tests.shell.support_fake_mesh SOCKET`; it prints `ready` when it serves.
+Run as a program it serves the edge on a Unix socket until it is killed, or with `--once` until its first
+ask is cancelled: `python -m tests.shell.support_fake_mesh SOCKET [--once]`. It prints what happens.
 """
 
 from __future__ import annotations
@@ -228,9 +228,16 @@ async def serving(
     *,
     graceful_s: float = 0.2,
     stalled_s: float = 5.0,
+    connections_max: int = 64,
+    keep_alive_s: float = 60.0,
 ) -> AsyncIterator[EdgeSockets]:
     """The real application on real sockets: TCP on a free port, and `folder/meshd.sock`."""
-    http = HttpSection(port=0, socket=folder / "meshd.sock")
+    http = HttpSection(
+        port=0,
+        socket=folder / "meshd.sock",
+        connections_max=connections_max,
+        keep_alive_s=keep_alive_s,
+    )
     sockets = open_edge_sockets(http)
     app = build_app(mesh, limits)
     async with trio.open_nursery() as nursery:
@@ -249,7 +256,7 @@ async def serving(
         nursery.cancel_scope.cancel()
 
 
-async def _main(path: Path) -> None:
+async def _main(path: Path, once: bool) -> None:
     mesh = FakeMesh(gap_s=0.01)
     sockets = open_edge_sockets(HttpSection(port=0, socket=path))
     async with trio.open_nursery() as nursery:
@@ -263,7 +270,9 @@ async def _main(path: Path) -> None:
         print("asked", flush=True)
         await mesh.cancelled.wait()
         print("cancelled", flush=True)
+        if once:
+            nursery.cancel_scope.cancel()
 
 
 if __name__ == "__main__":
-    trio.run(_main, Path(sys.argv[1]))
+    trio.run(_main, Path(sys.argv[1]), "--once" in sys.argv)

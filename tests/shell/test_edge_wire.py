@@ -270,6 +270,19 @@ def test_unknown_places_and_methods_answer_in_json(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+@pytest.mark.parametrize("path", ["/v1/nothing", "/healthz"])
+def test_an_error_reaches_a_client_that_is_still_sending(tmp_path: Path, path: str) -> None:
+    async def test(mesh: FakeMesh, sockets: EdgeSockets) -> None:
+        request = post(path, b"x" * 300_000)
+        async with await connect(sockets) as client:
+            await client.send_all(request[:1000])
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            await client.send_all(request[1000:])
+            assert b'"error"' in await read_all(client)
+
+    run(tmp_path, test)
+
+
 def test_request_ids_are_taken_over_when_fit(tmp_path: Path) -> None:
     async def test(mesh: FakeMesh, sockets: EdgeSockets) -> None:
         trace = f"00-{'a' * 32}-{'b' * 16}-01"
@@ -336,6 +349,55 @@ def test_a_client_that_stops_reading_does_not_hold_the_server(tmp_path: Path) ->
             await client.aclose()
 
     trio.run(stops)
+
+
+def test_connections_that_ended_make_room(tmp_path: Path) -> None:
+    """However they end: by the client, idle or used, or by the server after the idle time."""
+
+    async def main() -> None:
+        mesh = FakeMesh()
+        with trio.fail_after(TIME_S):
+            async with serving(mesh, tmp_path, connections_max=3, keep_alive_s=60) as sockets:
+                for _ in range(3):
+                    idle = await connect(sockets)
+                    await idle.aclose()
+                    used = await connect(sockets)
+                    await used.send_all(post(CHAT, chat("general", stream=False), close=False))
+                    assert b" 200 " in await used.receive_some()
+                    await used.aclose()
+                    await exchange(await connect(sockets), post(CHAT, chat("general", stream=True)))
+            async with serving(mesh, tmp_path, connections_max=2, keep_alive_s=0.05) as sockets:
+                for _ in range(3):
+                    async with await connect(sockets) as idle:
+                        assert await idle.receive_some() == b""
+
+    trio.run(main)
+
+
+def test_a_long_answer_outlives_the_idle_time(tmp_path: Path) -> None:
+    async def main() -> None:
+        mesh = FakeMesh(gap_s=0.1)
+        with trio.fail_after(TIME_S):
+            async with serving(mesh, tmp_path, keep_alive_s=0.05) as sockets:
+                request = post(CHAT, chat("general", stream=True), close=False)
+                _, _, body = await exchange(await connect(sockets), request)
+                assert b"[DONE]" in body
+
+    trio.run(main)
+
+
+def test_requests_follow_each_other_on_one_connection(tmp_path: Path) -> None:
+    async def test(mesh: FakeMesh, sockets: EdgeSockets) -> None:
+        async with await connect(sockets) as client:
+            for stream in (False, True, False):
+                await client.send_all(post(CHAT, chat("general", stream=stream), close=False))
+                seen = b""
+                while not seen.endswith(b"\r\n0\r\n\r\n" if stream else b"}"):
+                    seen += await client.receive_some()
+                assert seen.startswith(b"HTTP/1.1 200")
+        assert len(mesh.asks) == 3
+
+    run(tmp_path, test)
 
 
 def test_the_port_in_use_is_named(tmp_path: Path) -> None:

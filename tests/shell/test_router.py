@@ -232,6 +232,19 @@ def test_the_deadline_ends_it_whoever_runs_it_and_is_nobodys_fault(remote: bool)
     run(body)
 
 
+def test_a_peer_that_says_that_the_time_is_up_is_believed_and_not_blamed() -> None:
+    async def body() -> None:
+        world = World()
+        world.local(GENERAL, raising(Failed("too late", code="deadline_exceeded")))
+        pi = world.peer("pi", GENERAL, saying("a"))
+        assert (await Asked(world).error()).code == "deadline_exceeded"
+        assert not pi.requests
+        key = (world.node("hub"), GENERAL)
+        assert world.scheduler.health.score(key, trio.current_time()) == 0.0
+
+    run(body)
+
+
 def test_no_attempt_starts_when_the_time_is_up() -> None:
     async def body() -> None:
         world = World(RouterConfig(first_piece_s=3.0))

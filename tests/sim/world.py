@@ -11,7 +11,7 @@ import hashlib
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from tests.sim.invariants import Checker, Violation
 from tests.unit.support_cms import HashSigner, hash_verify
@@ -216,6 +216,14 @@ class World:
         """Nothing passes between the two sides."""
         self.cut(one, other)
         self.cut(other, one)
+
+    def deliver(self, source: int, target: int, payload: bytes) -> None:
+        """Hand a payload to a node as if another had sent it."""
+        sender = self.nodes[source]
+        assert sender.life is not None
+        effect = Send(self.nodes[target].address, self.id(target), payload)
+        life = sender.life
+        self._arrive(sender, life.store.owner, life.epoch, self.nodes[target], effect)
 
     def heal(self) -> None:
         """The network is good again; stalled nodes go on by themselves."""
@@ -469,8 +477,3 @@ class World:
             in_time = answered_s <= self.now_s + STREAM_TIMEOUT_S
             due_s = answered_s if in_time else self.now_s + STREAM_TIMEOUT_S
             self.at(due_s, lambda: report(ok=in_time))
-
-
-def shortened(config: GossipConfig, **changes: float) -> GossipConfig:
-    """A preset with some knobs turned."""
-    return replace(config, **changes)  # type: ignore[arg-type]

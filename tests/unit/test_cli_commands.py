@@ -87,7 +87,11 @@ def test_an_unknown_key_names_the_nearest() -> None:
     ("name", "words", "query"),
     [
         ("knowledge.gpt/general", (), "knowledge.gpt/general"),
-        ("knowledge.gpt/x", ("context.ge=8192", "zone=lab"), "knowledge.gpt/x?context.ge=8192&zone=lab"),
+        (
+            "knowledge.gpt/x",
+            ("context.ge=8192", "zone=lab"),
+            "knowledge.gpt/x?context.ge=8192&zone=lab",
+        ),
         ("knowledge.gpt/x?zone=lab", ("slots.ge=2",), "knowledge.gpt/x?zone=lab&slots.ge=2"),
         ("knowledge.gpt/x,zone=lab", ("slots.ge=2",), "knowledge.gpt/x,zone=lab&slots.ge=2"),
     ],
@@ -153,3 +157,10 @@ def test_init_founds_enrols_and_never_overwrites(tmp_path: Path) -> None:
     again = run.invoke(cli, ["init", "other", "--state-dir", first])
     assert again.exit_code == Exit.FAILED
     assert len(again.stderr.splitlines()) == 1
+
+
+def test_the_reference_is_current() -> None:
+    from meshd.cli.document import reference
+
+    page = Path(__file__).parents[2] / "docs" / "cli.md"
+    assert page.read_text() == reference(), "run: python -m meshd.cli.document > docs/cli.md"

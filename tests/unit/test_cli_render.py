@@ -40,7 +40,8 @@ def test_the_widest_column_gives_way() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(
-        st.fixed_dictionaries({"name": st.text(max_size=30), "why": st.text(max_size=60)}), max_size=6
+        st.fixed_dictionaries({"name": st.text(max_size=30), "why": st.text(max_size=60)}),
+        max_size=6,
     ),
     width=st.integers(min_value=30, max_value=120),
 )
@@ -67,10 +68,16 @@ def test_durations(seconds: float | None, text: str) -> None:
 
 
 def test_values_on_one_line() -> None:
-    assert plain({"cpu": 0.25, "free_bytes": 98_000_000, "age_s": 3}) == "cpu 0.25, free 98 MB, age 3 s"
+    assert (
+        plain({"cpu": 0.25, "free_bytes": 98_000_000, "age_s": 3})
+        == "cpu 0.25, free 98 MB, age 3 s"
+    )
     assert plain(["a", True, None]) == "a, yes, -"
     assert size(1_500) == "1.5 kB"
-    assert facts({"uptime_s": 61, "mesh": "home", "x": 1}, skip=("x",)) == "uptime  1 min\nmesh    home"
+    assert (
+        facts({"uptime_s": 61, "mesh": "home", "x": 1}, skip=("x",))
+        == "uptime  1 min\nmesh    home"
+    )
 
 
 def test_escape_sequences_do_not_pass() -> None:

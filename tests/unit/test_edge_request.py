@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -97,7 +98,9 @@ def test_parameters_that_ask_for_nothing_pass() -> None:
 
 def test_parts_and_roles_are_brought_to_one_form() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    parsed = parse_chat(chat(messages=[{"role": "developer", "content": parts}], max_completion_tokens=4))
+    parsed = parse_chat(
+        chat(messages=[{"role": "developer", "content": parts}], max_completion_tokens=4)
+    )
     assert parsed.body == {"messages": [{"role": "system", "content": "ab"}], "max_tokens": 4}
 
 
@@ -111,11 +114,24 @@ def test_completion_prompts_are_one_string(prompt: Any) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 KEYS = st.sampled_from(
-    ["model", "messages", "stream", "stop", "seed", "tools", "n", "meshd", "prompt", "stream_options"]
+    [
+        "model",
+        "messages",
+        "stream",
+        "stop",
+        "seed",
+        "tools",
+        "n",
+        "meshd",
+        "prompt",
+        "stream_options",
+    ]
 )
 
 
@@ -123,10 +139,8 @@ KEYS = st.sampled_from(
 @given(st.dictionaries(KEYS, JSON, max_size=6))
 def test_any_object_parses_or_is_refused(payload: dict[str, Any]) -> None:
     for parse in (parse_chat, parse_completion):
-        try:
-            parse(payload)
-        except RequestError as error:
-            assert error.status == 400
+        with suppress(RequestError):  # anything else is a bug
+            assert parse(payload).model == payload["model"]
 
 
 @pytest.mark.parametrize(
@@ -172,5 +186,8 @@ def test_the_catalogue_is_read_once_a_second() -> None:
             models.target_for("gpt-4")
     assert catalogue.reads == 1
     now_s = 1.0
-    assert list(models.listed()) == ["auto", "knowledge.gpt/general"]  # a family no constraint can say
+    assert list(models.listed()) == [
+        "auto",
+        "knowledge.gpt/general",
+    ]  # a family no constraint can say
     assert catalogue.reads == 2

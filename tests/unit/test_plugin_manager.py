@@ -302,7 +302,7 @@ def make(tmp_path: Path, **selection: list[str]) -> PluginManager:
 @pytest.mark.parametrize(
     ("selection", "message"),
     [
-        ({"enabled": ["arithmatic"]}, "plugins.enabled names the plugin 'arithmatic', which is not installed; did you mean 'arithmetic'"),
+        ({"enabled": ["arithmatic"]}, "plugins.enable names the plugin 'arithmatic', which is not installed; did you mean 'arithmetic'"),
         ({"disabled": ["zzz"]}, "known: arithmetic, echo"),
         ({"configured": ["ecko"]}, r"a table \[plugins.\*\] names the plugin 'ecko'.*did you mean 'echo'"),
         ({"enabled": ["echo"], "disabled": ["echo"]}, "both enabled and disabled"),

@@ -26,7 +26,8 @@ from meshd_plugins.api import Logger, Value
 
 LOAD_INTERVAL_S = 2.0  # between samples of the device's figures
 LOAD_CHANGE_GAP_S = 0.1  # least time between two publications when slots are taken or freed
-Post = Callable[[Callable[[NodeCore, float], tuple[Effect, ...]]], bool]
+Command = Callable[[NodeCore, float], tuple[Effect, ...]]
+Post = Callable[[Command], bool]
 
 
 class Announcer:

@@ -230,7 +230,7 @@ class Catalogue:
         digest = table.get("model")
         model = self._store.get(owner, model_key(digest)) if isinstance(digest, str) else None
         descriptor: Descriptor = descriptor_from(table, model)
-        facts = mapping(node, "node") if node is not None else {}
+        facts: Mapping[str, Value] = mapping(node, "node") if node is not None else {}
         age_s = self._store.age_s(owner, self._clock())
         return offer_from_descriptor(
             owner,

@@ -54,7 +54,7 @@ def text(value: Value, where: str) -> str:
     return typed(value, str, where)
 
 
-def typed(value: Value, kind: type[_T], where: str) -> _T:
+def typed(value: object, kind: type[_T], where: str) -> _T:
     """A value of exactly this type; a truth value is no integer."""
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise Malformed(f"{where}: expected {kind.__name__}, got {type(value).__name__}")

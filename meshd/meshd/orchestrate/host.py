@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from traceback import extract_tb
-from typing import assert_never
+from typing import assert_never, cast
 
 import trio
 
@@ -289,7 +289,7 @@ class _Boundary:
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if isinstance(error, BaseExceptionGroup):
-            self._split(error)
+            self._split(cast("BaseExceptionGroup[BaseException]", error))
         if isinstance(error, Exception) and not isinstance(error, CapabilityError):
             raise self._crashed(error) from error
 

@@ -62,7 +62,7 @@ class Mesh:
         self._asks = 0
 
     @asynccontextmanager
-    async def ask(self, ask: Ask) -> AsyncIterator[AsyncIterator[AskEvent]]:
+    async def ask(self, ask: Ask) -> AsyncGenerator[AsyncIterator[AskEvent], None]:
         """Run one ask; see `MeshService.ask`."""
         line = _CanonicalLine(ask, trio.current_time())
         self._asks += 1
@@ -165,7 +165,6 @@ class Mesh:
 
     def _peer(self, view: MemberView, offered: int) -> Mapping[str, Value]:
         shown = self._catalogue.load_shown(view.node)
-        load, load_age_s = shown if shown is not None else ({}, None)
         return {
             "node": node_id_text(view.node),
             "name": view.name,
@@ -176,8 +175,8 @@ class Mesh:
             "round_trip_ms": None
             if view.round_trip_s is None
             else round(view.round_trip_s * 1e3, 2),
-            "load_age_s": None if load_age_s is None else round(load_age_s, 1),
-            "load": dict(load),
+            "load_age_s": None if shown is None else round(shown[1], 1),
+            "load": {} if shown is None else dict(shown[0]),
             "capabilities": offered,
         }
 

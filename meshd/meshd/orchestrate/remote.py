@@ -12,11 +12,14 @@ from meshd.orchestrate.host import CapabilityHost, Emit
 from meshd.orchestrate.wire import chunk_from_value, chunk_to_value, done_from_value, done_to_value
 from meshd.shell.streams import (
     CallHeader,
+    FrameTooLarge,
     IncomingCall,
     PeerStreams,
+    PeerUnreachable,
     RemoteFailed,
     RemoteRefused,
     StreamError,
+    UnsendableError,
 )
 from meshd_cms import NodeId, node_id_text
 from meshd_plugins.api import (
@@ -46,9 +49,11 @@ class PeerCapabilities:
         """Run a request on a peer. Leaving early, by an error of ours too, cancels it there.
 
         Raises:
-            Refused: the peer refused; nothing was done there.
-            BadRequest, Failed: as the peer says; `stream_lost` when the connection could not be made or
-                broke; `peer_fault` when the peer said what makes no sense.
+            Refused: as the peer says; `too_large` when the request does not fit a frame. Nothing was
+                done there.
+            BadRequest: as the peer says; `unsendable` when the body is not made of plain values.
+            Failed: as the peer says; `unreachable` when nothing was sent; `stream_lost` when the
+                connection broke; `peer_fault` when the peer said what makes no sense.
         """
         header = CallHeader(
             request_id=request.request_id,
@@ -72,8 +77,14 @@ class PeerCapabilities:
         except RemoteFailed as failure:
             kind = BadRequest if failure.callers_fault else Failed
             raise kind(failure.message, code=failure.code) from failure
-        except (StreamError, OSError) as error:
-            raise Failed(f"the connection failed: {error}", code="stream_lost") from error
+        except PeerUnreachable as error:
+            raise Failed(error.message, code=PeerUnreachable.code) from error
+        except StreamError as error:
+            raise Failed(error.message, code="stream_lost") from error
+        except FrameTooLarge as error:
+            raise Refused(str(error), code="too_large") from error
+        except UnsendableError as error:
+            raise BadRequest(str(error), code=error.code) from error
 
 
 class CallServer:
@@ -116,7 +127,7 @@ class CallServer:
             done = await self._host.invoke(call.header.capability_id, request, emit)
             outcome = "ok"
             return done_to_value(done)
-        except CapabilityError as error:
+        except (CapabilityError, UnsendableError) as error:
             outcome = error.code
             raise
         except trio.Cancelled:

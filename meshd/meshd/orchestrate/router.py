@@ -122,7 +122,8 @@ class Router:
                 done = await trial.run(request)
             except (Refused, Failed) as failure:
                 failures.append((choice.candidate.offer.node_name, failure))
-                if trial.first_at_s is not None or deadline.passed():
+                late = deadline.passed() or failure.code == DEADLINE_CODE
+                if late or trial.first_at_s is not None:
                     break
                 continue
             return _subtask_done(subtask, choice.candidate, done, began_s, trial.first_at_s)

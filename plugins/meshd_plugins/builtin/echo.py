@@ -1,6 +1,6 @@
 """`computation.gpt/echo`: gives back what it is sent, in as many chunks and as slowly as one likes.
 
-For tests and measurements; off unless `plugins.enabled` names it.
+For tests and measurements; off unless `plugins.enable` names it.
 """
 
 from __future__ import annotations

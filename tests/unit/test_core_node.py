@@ -1,0 +1,531 @@
+"""One node core, alone on a bench: what it answers, tells and drops."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from tests.unit.support_cms import store
+from tests.unit.support_core import (
+    ME_ADDRESS,
+    Bench,
+    address,
+    bench,
+    claim,
+    events_in,
+    messages_in,
+    node_id,
+)
+
+from meshd.core.config import PRESETS, lan, local
+from meshd.core.dissemination import sends_for
+from meshd.core.effects import Lane, Send, StreamPing
+from meshd.core.events import (
+    AddressContested,
+    MemberAlive,
+    MemberFailed,
+    MemberJoined,
+    MemberLeft,
+    MemberSuspected,
+    MeshJoined,
+    NameContested,
+    RecordChanged,
+    SeedUnreachable,
+    SelfEpochRaised,
+    SoftChanged,
+)
+from meshd.core.membership import LocalNode, MemberState
+from meshd.core.node import NodeCore
+from meshd.core.repair import FIRST_ID, LAST_ID
+from meshd.core.soft_lane import is_significant
+from meshd.core.wire import (
+    Ack,
+    Claim,
+    Heartbeat,
+    Join,
+    JoinAnswer,
+    JoinLater,
+    Nack,
+    Ping,
+    PingRequest,
+    Pull,
+    Record,
+    Soft,
+    View,
+    encode,
+    payload_of,
+)
+from meshd_cms.soft import SoftItem
+from meshd_cms.types import Epoch, Version
+
+ALIVE, SUSPECT, DEAD, LEFT = MemberState
+BEAT = Heartbeat(bytes(8), Version(0))
+
+
+def about_me(node: Bench, state: MemberState, incarnation: int = 0, epoch: int = 100) -> Claim:
+    update = claim(1, state, incarnation, epoch)
+    return Claim(
+        replace(update, node=node.store.owner, name="me", address=ME_ADDRESS), merged=False
+    )
+
+
+# -- being somebody --------------------------------------------------------------------------------------
+
+
+def test_nothing_is_due_before_start() -> None:
+    own = store(0)
+    core = NodeCore(lan(), LocalNode(own.owner, "me", ME_ADDRESS), own, random.Random(1))
+    assert core.deadline_s() == math.inf
+
+
+def test_members_lists_ourselves_and_marks_it() -> None:
+    node = bench()
+    node.meet(1)
+    assert [(view.name, view.is_self) for view in node.core.members() if view.is_self] == [
+        ("me", True)
+    ]
+    assert len(node.core.members()) == 2
+    assert node.core.has_peers
+
+
+@pytest.mark.parametrize("state", [SUSPECT, DEAD])
+def test_an_accusation_is_refuted_with_a_higher_incarnation(state: MemberState) -> None:
+    node = bench()
+    node.meet(1)
+    told = messages_in(node.tell([about_me(node, state, 4)]), address(1))
+    own = [one.update for one in told if isinstance(one, Claim) and one.update.name == "me"]
+    assert [(one.state, one.incarnation) for one in own] == [(ALIVE, 5)]
+    assert node.core.statistics()["local_health"] == 1
+
+
+def test_a_stale_accusation_is_answered_without_a_new_incarnation() -> None:
+    node = bench()
+    node.meet(1)
+    node.tell([about_me(node, SUSPECT, 4)])
+    told = messages_in(node.tell([about_me(node, SUSPECT, 3)]), address(1))
+    assert [one.update.incarnation for one in told if isinstance(one, Claim)] == [5]
+    assert node.core.statistics()["refutations"] == 1
+
+
+def test_a_later_life_of_ours_is_risen_above() -> None:
+    node = bench()
+    node.meet(1)
+    node.core.set("key", 1, 0.0)
+    events = events_in(node.tell([about_me(node, DEAD, 9, epoch=500)]))
+    assert events == [SelfEpochRaised(Epoch(501))]
+    assert (node.store.epoch, node.store.get(node.store.owner, "key")) == (501, 1)
+
+
+def test_being_said_to_have_left_takes_a_new_epoch() -> None:
+    node = bench()
+    node.meet(1)
+    events = events_in(node.tell([about_me(node, LEFT)]))
+    assert [type(event) for event in events] == [SelfEpochRaised]
+    assert node.store.epoch > 100
+
+
+def test_a_new_address_is_announced_in_a_new_incarnation() -> None:
+    node = bench()
+    node.meet(1)
+    node.core.update_address(("10.0.0.77", 7946), 0.0)
+    told = messages_in([effect for _, effect in node.run(0.1)], address(1))
+    own = {one.update for one in told if isinstance(one, Claim) and one.update.name == "me"}
+    assert {(one.address, one.incarnation) for one in own} == {(("10.0.0.77", 7946), 1)}
+
+
+# -- hearing of others -----------------------------------------------------------------------------------
+
+
+def test_the_life_of_a_member_as_events() -> None:
+    node = bench()
+    seen: list[type[object]] = []
+    for state, incarnation in (
+        (ALIVE, 0),
+        (SUSPECT, 0),
+        (ALIVE, 1),
+        (DEAD, 1),
+        (ALIVE, 2),
+        (LEFT, 2),
+    ):
+        told = node.tell([Claim(claim(2, state, incarnation), merged=False)], peer=1)
+        seen += [type(event) for event in events_in(told)]
+    assert seen == [
+        MemberJoined,
+        MemberSuspected,
+        MemberAlive,
+        MemberFailed,
+        MemberJoined,
+        MemberLeft,
+    ]
+
+
+def test_a_death_out_of_a_table_is_only_a_suspicion_and_confirms_none() -> None:
+    node = bench()
+    node.meet(1, 2, 3)
+    node.tell([Claim(claim(3, DEAD, accuser=1), merged=True)], peer=1)
+    assert node.state(3) is SUSPECT
+    node.tell([Claim(claim(3, DEAD, accuser=2), merged=True)], peer=2)
+    assert "claims_confirmed" not in node.core.statistics()
+
+
+def test_a_dead_member_that_speaks_is_told_so() -> None:
+    node = bench()
+    node.meet(1)
+    node.tell([Claim(claim(1, DEAD), merged=False)], peer=2)
+    told = messages_in(node.tell([Nack(1)], peer=1), address(1))
+    assert [one.update.state for one in told if isinstance(one, Claim)] == [DEAD]
+
+
+def test_an_earlier_life_is_told_of_the_later_and_not_listened_to() -> None:
+    node = bench()
+    node.tell([Claim(claim(1, epoch=50), merged=False)], epoch=50)
+    told = messages_in(node.tell([Ping(1, node.store.owner, BEAT)], epoch=40), address(1))
+    assert [type(one) for one in told] == [Claim]
+    assert node.core.statistics()["dropped_old_epoch"] == 1
+
+
+def test_a_stranger_is_asked_who_it_is() -> None:
+    node = bench()
+    told = messages_in(node.tell([Nack(1)], peer=9), address(9))
+    assert told == [View(node_id(9), node_id(9), (), answer=False)]
+
+
+def test_a_newcomers_record_is_pulled_from_itself() -> None:
+    node = bench()
+    node.meet(1)
+    told = messages_in([effect for _, effect in node.run(0.1)], address(1))
+    assert [[line.owner for line in one.lines] for one in told if isinstance(one, Pull)] == [
+        [node_id(1)]
+    ]
+
+
+def test_two_with_one_name_are_both_kept_and_told_of() -> None:
+    node = bench()
+    other = replace(claim(1), name="me")
+    events = events_in(node.tell([Claim(other, merged=False)]))
+    assert NameContested("me", node_id(1), node.store.owner) in events
+    assert node.state(1) is ALIVE
+
+
+def test_a_contested_address_goes_to_the_later_life_and_the_other_is_suspected() -> None:
+    node = bench()
+    node.meet(1)
+    newer = replace(claim(2, epoch=20), address=address(1))
+    events = events_in(node.tell([Claim(newer, merged=False)], peer=2, epoch=20))
+    assert AddressContested(address(1), node_id(2), node_id(1)) in events
+    assert (node.state(1), node.state(2)) == (SUSPECT, ALIVE)
+
+
+def test_who_left_is_forgotten_with_its_record_and_is_no_ghost_later() -> None:
+    node = bench()
+    node.meet(1)
+    node.tell([Claim(claim(1, LEFT), merged=False)])
+    node.run(lan().left_keep_s + 2.0)
+    assert node.state(1) is None
+    node.tell([Claim(claim(1, ALIVE, 9), merged=True)], peer=2)
+    assert node.state(1) is None
+    node.tell([Claim(claim(1, epoch=11), merged=True)], peer=2)
+    assert node.state(1) is ALIVE
+
+
+# -- probing ---------------------------------------------------------------------------------------------
+
+
+def test_a_ping_is_acked_and_one_for_another_is_not() -> None:
+    node = bench()
+    node.meet(1)
+    told = messages_in(node.tell([Ping(7, node.store.owner, BEAT)]), address(1))
+    assert [(one.sequence, one.subject) for one in told if isinstance(one, Ack)] == [
+        (7, node.store.owner)
+    ]
+    told = messages_in(node.tell([Ping(8, node_id(5), BEAT)]))
+    assert not any(isinstance(one, Ack) for one in told)
+    assert node.core.statistics()["ping_for_another"] == 1
+
+
+def test_silence_is_answered_by_indirect_probes_a_stream_ping_and_suspicion_then_death() -> None:
+    node = bench()
+    node.meet(1)
+    seen = node.run(60.0)
+    pings = [at for at, effect in seen if any(isinstance(m, Ping) for m in messages_in([effect]))]
+    streams = [at for at, effect in seen if isinstance(effect, StreamPing)]
+    events = [(at, type(event)) for at, effect in seen for event in events_in([effect])]
+    suspected_s = next(at for at, kind in events if kind is MemberSuspected)
+    failed_s = next(at for at, kind in events if kind is MemberFailed)
+    assert streams[0] == pytest.approx(pings[0] + lan().probe_timeout_s)
+    assert suspected_s == pytest.approx(pings[0] + lan().probe_interval_s)
+    assert failed_s - suspected_s >= lan().death_floor_s
+
+
+def test_a_stream_answer_saves_from_suspicion() -> None:
+    node = bench()
+    node.meet(1)
+    seen = node.run(lan().probe_interval_s + lan().probe_timeout_s)
+    token = next(effect.token for _, effect in seen if isinstance(effect, StreamPing))
+    node.core.stream_pinged(token, True, node.now_s)
+    seen = node.run(0.55)
+    assert MemberSuspected not in [type(e) for _, effect in seen for e in events_in([effect])]
+
+
+def test_a_helper_probes_relays_the_ack_or_says_nack() -> None:
+    node = bench()
+    node.meet(1, 2)
+    told = messages_in(node.tell([PingRequest(5, node_id(2), address(2))], peer=1), address(2))
+    ping = next(one for one in told if isinstance(one, Ping))
+    nacks = messages_in([effect for _, effect in node.run(0.35)], address(1))
+    assert Nack(5) in nacks
+    acked = node.tell([Ack(ping.sequence, node_id(2), BEAT)], peer=2)
+    relayed = [one for one in messages_in(acked, address(1)) if isinstance(one, Ack)]
+    assert [(one.sequence, one.subject) for one in relayed] == [(5, node_id(2))]
+
+
+def test_refusal_by_datagram_and_stream_is_death_after_a_short_time() -> None:
+    node = bench()
+    node.meet(1, 2)
+    effects = node.core.evidence_refused(address(1), 0.0)
+    assert [type(event) for event in events_in(effects)] == [MemberSuspected]
+    token = next(effect.token for effect in effects if isinstance(effect, StreamPing))
+    node.core.stream_pinged(token, False, 0.01)
+    seen = node.run(lan().evidence_death_s + 0.02)
+    failed = [at for at, effect in seen for e in events_in([effect]) if isinstance(e, MemberFailed)]
+    assert failed == [pytest.approx(0.01 + lan().evidence_death_s)]
+
+
+def test_refusal_of_the_datagram_alone_kills_nobody_early_and_can_be_refuted() -> None:
+    node = bench()
+    node.meet(1)
+    effects = node.core.evidence_refused(address(1), 0.0)
+    token = next(effect.token for effect in effects if isinstance(effect, StreamPing))
+    node.core.stream_pinged(token, True, 0.01)
+    node.run(2.0)
+    assert node.state(1) is SUSPECT
+    node.tell([Claim(claim(1, ALIVE, 1), merged=False)])
+    assert node.state(1) is ALIVE
+
+
+def test_a_stall_of_our_own_accuses_nobody() -> None:
+    node = bench()
+    node.meet(1)
+    node.run(0.9)
+    node.now_s += 30.0  # we stood still in the middle of a probe
+    effects = node.core.advance(node.now_s)
+    assert events_in(effects) == []
+    assert node.core.statistics()["stalls"] == 1
+    assert node.core.deadline_s() > node.now_s - 1e-9
+
+
+# -- records ---------------------------------------------------------------------------------------------
+
+
+def test_a_write_is_told_to_three_at_once_then_to_three_more_until_all_sends_are_made() -> None:
+    node = bench()
+    node.meet(*range(1, 31))
+    node.run(0.2)
+    begin_s = node.now_s
+    node.core.set("key", 1, node.now_s)
+    seen = [
+        (at - begin_s, effect.to)
+        for at, effect in node.run(0.3)
+        if isinstance(effect, Send) and any(isinstance(m, Record) for m in messages_in([effect]))
+    ]
+    bursts = [at for at, _ in seen]
+    for share, due_s in enumerate((0.0, 0.01, 0.03, 0.07)):
+        assert bursts[3 * share : 3 * share + 3] == [pytest.approx(due_s, abs=1e-6)] * 3
+    sends = sends_for(31, lan().rumour_loss, lan().rumour_sends_per_peer_max)
+    assert len(seen) == sends == len({to for _, to in seen})
+
+
+def test_writes_made_together_travel_together() -> None:
+    node = bench()
+    node.meet(1)
+    node.run(0.2)
+    for key in ("a", "b", "c"):
+        node.core.set(key, 1, node.now_s)
+    first = next(e for _, e in node.run(0.1) if isinstance(e, Send))
+    assert len([m for m in messages_in([first]) if isinstance(m, Record)]) == 3
+
+
+def test_an_unchanged_value_is_not_told() -> None:
+    node = bench()
+    node.meet(1)
+    node.core.set("key", 1, 0.0)
+    before = node.core.statistics()["rumours_started"]
+    assert node.core.set("key", 1, 0.0) == ()
+    assert node.core.statistics()["rumours_started"] == before
+
+
+def test_a_rumour_across_a_gap_is_pulled_from_who_told_it() -> None:
+    node, other = bench(), store(5, epoch=10)
+    deltas = [other.set("key", value) for value in range(3)]
+    node.meet(1)
+    node.run(0.2)
+    assert deltas[0] is not None
+    assert deltas[2] is not None
+    told = node.tell([Record(deltas[0], rumour=True)])
+    assert events_in(told) == [RecordChanged(other.owner, ("key",), reset=False)]
+    assert events_in(node.tell([Record(deltas[2], rumour=True)])) == []
+    pulled = messages_in([effect for _, effect in node.run(0.1)], address(1))
+    lines = [line for one in pulled if isinstance(one, Pull) for line in one.lines]
+    assert [(line.owner, line.max_version) for line in lines] == [(other.owner, 1)]
+
+
+# -- bad input -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [b"", b"\xc1", b"\x92\x01\x91\x63", b"\x91\x02", bytes(1300)])
+def test_noise_is_counted_and_changes_nothing(noise: bytes) -> None:
+    node = bench()
+    before = (node.core.members(), node.core.state_hash, node.core.deadline_s())
+    effects = node.core.receive(noise, node_id(1), 10, address(1), Lane.DATAGRAM, 0.0)
+    assert effects == ()
+    assert (node.core.members(), node.core.state_hash, node.core.deadline_s()) == before
+    assert node.core.statistics()["dropped_malformed"] == 1
+
+
+def test_a_payload_with_one_malformed_message_is_not_acted_upon_at_all() -> None:
+    node = bench()
+    payload = payload_of([encode(Claim(claim(1), merged=False)), b"\x91\x63"])
+    assert node.core.receive(payload, node_id(1), 10, address(1), Lane.DATAGRAM, 0.0) == ()
+    assert node.state(1) is None
+
+
+# -- joining and leaving ---------------------------------------------------------------------------------
+
+
+def test_joins_are_retried_with_backoff_for_ever_and_told_of_once() -> None:
+    node = bench()
+    node.core.join([address(9)], 0.0)
+    seen = node.run(120.0)
+    joins = [at for at, e in seen if any(isinstance(m, Join) for m in messages_in([e]))]
+    gaps = [later - earlier for earlier, later in pairwise(joins)]
+    assert joins[0] == 0.0
+    assert gaps[0] <= lan().join_retry_min_s * 1.25
+    assert 9 <= len(joins) <= 30
+    assert max(gaps) <= lan().join_retry_max_s * 1.25 + 1e-9
+    told = [e for _, effect in seen for e in events_in([effect])]
+    assert told == [SeedUnreachable(address(9), lan().seed_unreachable_attempts)]
+
+
+def test_an_answered_join_is_told_and_not_repeated_soon() -> None:
+    node = bench()
+    node.core.join([address(1)], 0.0)
+    seen = node.run(0.0)
+    join = next(m for _, e in seen for m in messages_in([e]) if isinstance(m, Join))
+    events = events_in(node.tell([JoinAnswer(join.token), Claim(claim(1), merged=False)]))
+    assert MeshJoined(node_id(1), address(1)) in events
+    seen = node.run(5.0)
+    assert not any(isinstance(m, Join) for _, e in seen for m in messages_in([e]))
+
+
+def test_a_join_is_answered_with_members_and_too_many_are_put_off() -> None:
+    node = bench(replace(lan(), join_answers_burst=1))
+    node.meet(1)
+    whole = View(FIRST_ID, LAST_ID, (), answer=True)
+    hello = Claim(claim(2), merged=False)
+    told = messages_in(node.tell([hello, Join(3), whole], peer=2), address(2))
+    assert JoinAnswer(3) in told
+    known = {one.update.node for one in told if isinstance(one, Claim)}
+    assert {node_id(1), node.store.owner} <= known
+    told = messages_in(
+        node.tell([Claim(claim(3), merged=False), Join(4), whole], peer=3), address(3)
+    )
+    assert [type(one) for one in told] == [JoinLater]
+
+
+def test_our_own_address_among_the_seeds_is_found_out() -> None:
+    node = bench()
+    node.core.join([address(9)], 0.0)
+    seen = node.run(0.0)
+    payload = next(e.payload for _, e in seen if isinstance(e, Send))
+    node.core.receive(payload, node.store.owner, 100, address(9), Lane.DATAGRAM, 0.0)
+    seen = node.run(60.0)
+    assert not any(isinstance(m, Join) for _, e in seen for m in messages_in([e]))
+
+
+def test_a_leave_is_said_several_times_and_then_nothing_more() -> None:
+    node = bench()
+    node.meet(1, 2)
+    node.run(0.2)
+    effects = [*node.core.leave(node.now_s)]
+    effects += [effect for _, effect in node.run(lan().leave_linger_s)]
+    told = messages_in(effects, address(1))
+    assert [(m.update.name, m.update.state) for m in told if isinstance(m, Claim)] == [
+        ("me", LEFT)
+    ] * lan().leave_copies
+    assert node.run(60.0) == []
+    assert node.tell([Ping(1, node.store.owner, BEAT)]) == ()
+
+
+# -- soft state ------------------------------------------------------------------------------------------
+
+
+def _soft_sends(node: Bench, for_s: float) -> list[float]:
+    return [
+        round(at - node_began, 3)
+        for node_began in (node.now_s,)
+        for at, effect in node.run(for_s)
+        if isinstance(effect, Send)
+        and [type(m) for m in messages_in([effect])] == [Soft]
+        and effect.to == address(1)
+    ]
+
+
+def test_load_is_sent_on_change_at_most_every_gap_and_repeated_when_unchanged() -> None:
+    node = bench()
+    node.meet(1)
+    node.run(0.2)
+    first = node.core.publish("load", {"slots": 1}, node.now_s)
+    assert [type(m) for m in messages_in(first, address(1))] == [Soft]
+    for slots in (2, 3, 4):  # all within the gap: one send, of the last
+        assert node.core.publish("load", {"slots": slots}, node.now_s) == ()
+    assert _soft_sends(node, 4.0) == [0.1]
+    assert _soft_sends(node, 4.0) == [pytest.approx(0.1)]
+
+
+def test_load_is_taken_from_its_owner_only() -> None:
+    node = bench()
+    node.meet(1, 2)
+    item = SoftItem(node_id(1), Epoch(10), 1, "load", {"slots": 3}, 0.0)
+    assert SoftChanged(node_id(1), "load") not in events_in(node.tell([Soft(item)], peer=2))
+    assert SoftChanged(node_id(1), "load") in events_in(node.tell([Soft(item)], peer=1))
+    reading = node.core.soft.read(node_id(1), "load", 1.5)
+    assert reading is not None
+    assert (reading.value, reading.age_s) == ({"slots": 3}, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ({"a": 1.0}, {"a": 1.05}, False),
+        ({"a": 1.0}, {"a": 1.5}, True),
+        ({"slots": 1}, {"slots": 2}, True),
+        ({"a": 1.0}, {"a": 1.0, "b": 1}, True),
+        ([1.0, 2.0], [1.0, 2.01], False),
+        ([1.0], [1.0, 2.0], True),
+        ("x", "y", True),
+        (0.0, 0.0, False),
+    ],
+)
+def test_what_counts_as_a_significant_change(old: object, new: object, expected: bool) -> None:
+    assert is_significant(old, new, 0.1) is expected  # type: ignore[arg-type]
+
+
+# -- presets ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_are_consistent(name: str) -> None:
+    config = PRESETS[name]()
+    assert config.probe_timeout_s < config.probe_interval_s
+    assert config.evidence_death_s < config.death_floor_s
+    assert config.soft_refresh_s < 10.0  # the expiry of a reading
+
+
+def test_the_local_preset_notices_a_silent_process_within_four_seconds() -> None:
+    node = bench(local())
+    node.meet(1)
+    seen = node.run(4.0)
+    assert MemberFailed in [type(e) for _, effect in seen for e in events_in([effect])]
