@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 HOST = "127.0.0.1"
 READY_DEADLINE_S = 20.0
@@ -89,7 +89,7 @@ class Mesh:
         self.daemons: list[Daemon] = []
         self._enrolment = folder / "mesh.enrolment"
 
-    def __enter__(self) -> Mesh:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -7,7 +7,7 @@ ask is cancelled: `python -m tests.shell.support_fake_mesh SOCKET [--once]`. It 
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from meshd.orchestrate.events import (
     Routed,
     SubtaskDone,
 )
+from meshd.orchestrate.service import Take
 from meshd_naming import MissingSuffix, NotServed
 from meshd_plugins.api import BadRequest, Failed, Refused, Usage, Value
 
@@ -52,14 +53,14 @@ class FakeMesh:
         self.left = False
         self.gap_s = gap_s
 
-    @asynccontextmanager
-    async def ask(self, ask: Ask) -> AsyncIterator[AsyncIterator[AskEvent]]:
+    async def ask(self, ask: Ask, take: Take) -> None:
         self.asks.append(ask)
         self.running += 1
         self.started.set()
         try:
             async with aclosing(self._events(ask)) as events:
-                yield events
+                async for event in events:
+                    await take(event)
         except trio.Cancelled:
             self.cancelled.set()
             raise
@@ -230,7 +231,7 @@ async def serving(
     stalled_s: float = 5.0,
     connections_max: int = 64,
     keep_alive_s: float = 60.0,
-) -> AsyncIterator[EdgeSockets]:
+) -> AsyncGenerator[EdgeSockets, None]:
     """The real application on real sockets: TCP on a free port, and `folder/meshd.sock`."""
     http = HttpSection(
         port=0,

@@ -140,7 +140,7 @@ class FakeRemote:
                     if isinstance(event, Done):
                         return event
                     await emit(event)
-        except trio.Cancelled:
+        except BaseException:  # left before its end, by cancellation or by an error of the reader
             self.cancelled.append(name)
             raise
         raise AssertionError("scripts of peers end with Done")
@@ -223,10 +223,12 @@ class World:
     ) -> list[AskEvent]:
         """Everything that an ask shows; `seen` is told of each event as it comes."""
         shown: list[AskEvent] = []
-        async with self.mesh.ask(ask) as events:
-            async for event in events:
-                seen(event)
-                shown.append(event)
+
+        async def take(event: AskEvent) -> None:
+            seen(event)
+            shown.append(event)
+
+        await self.mesh.ask(ask, take)
         return shown
 
     def lines(self) -> list[dict[str, object]]:

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import trio
+from tests.shell.support_log import KeptLog
 
 from meshd.core.effects import Address
 from meshd.shell.discovery import Announcement, MdnsDiscovery
 from meshd.shell.multicast import multicast_works
-from tests.shell.support_log import KeptLog
 
 LOOPBACK = "127.0.0.1"
 DEADLINE_S = 20.0

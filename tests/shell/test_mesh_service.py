@@ -51,10 +51,13 @@ def test_a_reader_that_leaves_early_cancels_everything_everywhere() -> None:
         world = World()
         world.peer("pi", GENERAL, hanging("The "))
         local = world.local(ARITHMETIC, hanging())
-        async with world.mesh.ask(asking(TWO)) as events:
-            async for event in events:
+        with trio.CancelScope() as scope:
+
+            def leave(event: AskEvent) -> None:
                 if isinstance(event, Piece):
-                    break
+                    scope.cancel()
+
+            await world.events(asking(TWO), leave)
         assert world.remote.cancelled == ["pi"]
         assert local.running == 0
         assert world.host.busy() == {ARITHMETIC: (0, 0)}
@@ -194,7 +197,7 @@ def test_asks_are_bounded_and_refused_ones_are_logged_too() -> None:
 def test_a_node_that_drains_takes_no_asks() -> None:
     async def body() -> None:
         world = World()
-        world.mesh.drain()
+        await world.mesh.drain()
         with pytest.raises(Refused) as caught:
             await world.events(asking())
         assert caught.value.code == "draining"

@@ -81,6 +81,8 @@ async def test_each_way_to_fail_is_told_as_what_it_is(tmp_path: Path) -> None:
                     nursery.start_soon(refuse)
             case "unsendable":
                 await call.send({"x": 2**80})
+            case "nothing":
+                await call.send(None)
             case _:
                 raise RuntimeError("secret")
         return None
@@ -104,12 +106,14 @@ async def test_each_way_to_fail_is_told_as_what_it_is(tmp_path: Path) -> None:
         with pytest.raises(RemoteFailed) as unsendable:
             await answer(alice, bob, "unsendable")
         assert unsendable.value.code == "unsendable"
+        with pytest.raises(RemoteFailed, match="None is no part"):
+            await answer(alice, bob, "nothing")
         with pytest.raises(RemoteFailed) as internal:
             await answer(alice, bob, "crash")
         assert internal.value.code == "internal"
         assert "secret" not in internal.value.message
         assert "call.crashed" in bob.log.events()
-        assert len(alice.loads) == 6  # every final frame brings it
+        assert len(alice.loads) == 7  # every final frame brings it
         assert alice.streams.statistics.dials == 1
 
 

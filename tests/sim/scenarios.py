@@ -178,6 +178,21 @@ def partition(world: World, nodes: int) -> dict[str, float]:
 
 
 @scenario
+def partition_without_seed(world: World, nodes: int) -> dict[str, float]:
+    """The same, when the only seed is gone for good: the dead are tried, so the sides find each other."""
+    _started(world, nodes)
+    world.leave(0)
+    world.run(2.0)
+    numbers = list(range(1, nodes))
+    world.rng.shuffle(numbers)
+    half = max(1, len(numbers) // 2)
+    world.partition(numbers[:half], numbers[half:])
+    world.run(40.0)
+    world.heal()
+    return {"healed_s": world.settle(10.0)}
+
+
+@scenario
 def one_way_cut(world: World, nodes: int) -> dict[str, float]:
     """Some nodes cannot reach some others, while the way back is open."""
     _started(world, nodes)

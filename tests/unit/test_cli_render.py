@@ -54,6 +54,8 @@ def test_no_line_is_wider_than_the_terminal(rows: list[dict[str, str]], width: i
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
+        (0.0021, "2.1 ms"),
+        (0, "0 s"),
         (0.42, "0.42 s"),
         (2, "2 s"),
         (12.4, "12 s"),

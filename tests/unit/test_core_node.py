@@ -44,6 +44,7 @@ from meshd.core.soft_lane import is_significant
 from meshd.core.wire import (
     Ack,
     Claim,
+    Digest,
     Heartbeat,
     Join,
     JoinAnswer,
@@ -268,6 +269,53 @@ def test_a_stream_answer_saves_from_suspicion() -> None:
     node.core.stream_pinged(token, True, node.now_s)
     seen = node.run(0.55)
     assert MemberSuspected not in [type(e) for _, effect in seen for e in events_in([effect])]
+
+
+def test_a_missing_nack_is_our_own_ill_health_and_a_nack_is_not() -> None:
+    for nacks, expected in ((0, 1), (1, 0)):
+        node = bench()
+        node.meet(1, 2)
+        node.tell([Claim(claim(2, SUSPECT, accuser=1), merged=False)])  # a witness probes at once
+        seen = node.run(0.45)
+        asked = [m for _, e in seen for m in messages_in([e]) if isinstance(m, PingRequest)]
+        about = next(one for one in asked if one.target == node_id(2))
+        for _ in range(nacks):
+            node.tell([Nack(about.sequence)])
+        others = [m for _, e in seen for m in messages_in([e], address(1)) if isinstance(m, Ping)]
+        for ping in others:
+            node.tell([Ack(ping.sequence, node_id(1), BEAT)])
+        before = node.core.statistics()["local_health"]
+        node.run(lan().probe_interval_s - 0.45 + 0.01)
+        assert node.core.statistics()["local_health"] - before == expected
+
+
+def test_the_dead_are_tried_now_and_then_and_told_of_their_death() -> None:
+    node = bench()
+    node.meet(1)
+    node.tell([Claim(claim(1, DEAD), merged=False)])
+    seen = node.run(10.0)
+    tries = [messages_in([e], address(1)) for _, e in seen if isinstance(e, Send)]
+    pings = [one for one in tries if any(isinstance(m, Ping) for m in one)]
+    assert len(pings) == pytest.approx(10.0 / lan().dead_probe_interval_s, abs=1)
+    assert all(isinstance(one[0], Claim) and one[0].update.state is DEAD for one in pings)
+
+
+def test_one_who_comes_back_from_the_dead_is_compared_with_at_once() -> None:
+    node = bench()
+    node.meet(1)
+    node.tell([Claim(claim(1, DEAD), merged=False)])
+    told = messages_in(node.tell([Claim(claim(1, ALIVE, 1), merged=False)]), address(1))
+    assert any(isinstance(one, View) for one in told)
+    assert any(isinstance(one, Digest) for one in told)
+
+
+def test_a_ping_that_tells_of_a_newer_record_is_followed_by_a_pull() -> None:
+    node = bench()
+    node.meet(1)
+    node.run(0.2)
+    node.tell([Ping(1, node.store.owner, Heartbeat(bytes(8), Version(4)))])
+    told = messages_in([effect for _, effect in node.run(0.1)], address(1))
+    assert [[line.owner for line in m.lines] for m in told if isinstance(m, Pull)] == [[node_id(1)]]
 
 
 def test_a_helper_probes_relays_the_ack_or_says_nack() -> None:

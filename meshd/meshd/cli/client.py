@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 from urllib.parse import quote
@@ -122,7 +122,9 @@ class Client:
         try:
             body = None if payload is None else json.dumps(payload).encode()
             headers = {} if body is None else {"Content-Type": "application/json"}
-            connection.request(method, target, body=body, headers=headers)
+            # A daemon that refuses a request may close before it has all of it; its answer is there.
+            with suppress(BrokenPipeError):
+                connection.request(method, target, body=body, headers=headers)
             response = connection.getresponse()
             if response.status != 200:
                 raise _refusal(response)

@@ -84,9 +84,11 @@ def plain(value: Value) -> str:
 
 
 def duration(value: Value) -> str:
-    """Seconds in the unit that fits: `0.42 s`, `3 min`, `2 h 5 min`, `4 d`."""
+    """Seconds in the unit that fits: `2.1 ms`, `0.42 s`, `3 min`, `2 h 5 min`, `4 d`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return plain(value)
+    if 0 < value < 0.01:
+        return f"{value * 1e3:.2g} ms"
     if value < 10:
         return f"{value:.2f} s".replace(".00 s", " s")
     if value < 60:

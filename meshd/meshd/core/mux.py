@@ -74,9 +74,7 @@ class CallState(Enum):
     """Where a call stands, as this end sees it."""
 
     ASKING = "asking"  # we called; chunks and a final frame come
-    ABANDONED = (
-        "abandoned"  # we called and cancelled; what comes is thrown away up to the final frame
-    )
+    ABANDONED = "abandoned"  # we called and cancelled; all but the final frame is thrown away
     SERVING = "serving"  # the peer called; we owe a final frame
     STOPPING = "stopping"  # the peer called and cancelled; we owe a final frame
     ENDED = "ended"  # leaves the table

@@ -28,7 +28,7 @@ class Timer:
         """Never fire."""
         if self.call is not None:
             self.call = None
-            self._owner._cancelled()
+            self._owner.note_cancelled()
 
 
 class Timers:
@@ -82,7 +82,8 @@ class Timers:
             timer.call = None
         self._heap, self._dead = [], 0
 
-    def _cancelled(self) -> None:
+    def note_cancelled(self) -> None:
+        """A timer of ours was cancelled; only `Timer.cancel` calls this."""
         self._dead += 1
         if self._dead > _COMPACT_ABOVE and self._dead * 2 > len(self._heap):
             self._heap = [item for item in self._heap if item[2].call is not None]

@@ -44,7 +44,7 @@ def build_app(service: MeshService, limits: EdgeLimits | None = None) -> Starlet
         Route("/mesh/v1/capabilities", View("capabilities", service.capabilities), methods=["GET"]),
         Route("/mesh/v1/plugins", View("plugins", service.plugins), methods=["GET"]),
         Route("/mesh/v1/config", View("config", service.config), methods=["GET"]),
-        Route("/mesh/v1/leave", Leave(service), methods=["POST"]),
+        Route("/mesh/v1/leave", Leave(service, limits), methods=["POST"]),
         Route("/healthz", Health(), methods=["GET"]),
     ]
     return Starlette(
@@ -107,7 +107,7 @@ class Front:
             return
         except Exception as error:  # noqa: BLE001 - the per-request boundary: the daemon stays up
             log_unexpected(context, scope, error)
-            await send_problem(receive, send, problem_of(error), context.headers)
+            await send_problem(scope, receive, send, problem_of(error), context.headers)
 
     def _check_source(self, scope: Scope) -> None:
         host = header(scope, b"host")

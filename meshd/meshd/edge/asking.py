@@ -7,8 +7,7 @@ its ask at once, here and on the peers, whether or not anything was being writte
 from __future__ import annotations
 
 import codecs
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Final, assert_never
 
 import trio
@@ -30,25 +29,21 @@ from meshd_plugins.api import BadRequest, Failed, Usage, Value
 if TYPE_CHECKING:
     from starlette.types import Receive, Send
 
-    from meshd.orchestrate.service import MeshService
+    from meshd.orchestrate.service import MeshService, Take
 
 Header = tuple[bytes, bytes]
 
 _TEXT_TYPES: Final = ("application/json", "application/xml", "application/toml", "application/yaml")
 
 
-@asynccontextmanager
-async def asking(
-    service: MeshService, ask: Ask, grace_s: float
-) -> AsyncGenerator[AsyncIterator[AskEvent], None]:
-    """The events of an ask. The mesh answers for its own deadline; this is the net below it.
+async def asking(service: MeshService, ask: Ask, grace_s: float, take: Take) -> None:
+    """Run an ask. The mesh answers for its own deadline; this is the net below it.
 
     Raises:
         Failed: `deadline_exceeded`, when the mesh did not end it by itself; and what `ask` raises.
     """
     with trio.move_on_after(ask.deadline_s + grace_s):
-        async with service.ask(ask) as events:
-            yield events
+        await service.ask(ask, take)
         return
     raise Failed(f"no answer within {ask.deadline_s:g} s", code="deadline_exceeded")
 

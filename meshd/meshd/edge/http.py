@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from meshd_plugins.api import Value
 
 JSON_TYPE: Final = b"application/json"
-# What a client may still send after its 413 before the connection is closed under it: closing at once
+_READ_KEY: Final = "meshd.body_read"
+# What a client may still send after its error before the connection is closed under it: closing at once
 # resets the connection, and the client would see the reset and not the answer.
 _DRAIN_BYTES_MAX: Final = 8 << 20
 _DRAIN_S: Final = 1.0
@@ -131,6 +132,7 @@ async def read_body(scope: Scope, receive: Receive, bytes_max: int, deadline_s: 
                     raise too_large(bytes_max)
                 parts.append(part)
             if not message.get("more_body", False):
+                scope[_READ_KEY] = True
                 return b"".join(parts)
     raise RequestError(
         f"The body did not arrive within {deadline_s:g} s", code="body_too_slow", status=408
@@ -165,13 +167,17 @@ async def send_json(
 
 
 async def send_problem(
-    receive: Receive, send: Send, problem: Problem, headers: tuple[tuple[bytes, bytes], ...] = ()
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    problem: Problem,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
 ) -> None:
-    """A complete error answer. After a 413 or 408 a little more of the body is read and discarded."""
+    """A complete error answer. Of a body that was not read, a little more is read and discarded."""
     if problem.retry_after_s is not None:
         headers = (*headers, (b"retry-after", b"%d" % problem.retry_after_s))
     body = to_json(problem.body())
-    if problem.status not in (408, 413):
+    if not _has_unread_body(scope):
         await send_json(send, problem.status, body, headers)
         return
     start_headers = [
@@ -184,6 +190,13 @@ async def send_problem(
     await send({"type": "http.response.body", "body": body, "more_body": True})
     await _drain(receive)
     await send({"type": "http.response.body", "body": b""})
+
+
+def _has_unread_body(scope: Scope) -> bool:
+    if scope.get(_READ_KEY):
+        return False
+    declared = header(scope, b"content-length")
+    return bool(header(scope, b"transfer-encoding")) or declared not in ("", "0")
 
 
 async def _drain(receive: Receive) -> None:

@@ -17,7 +17,7 @@ from meshd.edge.events_json import event_to_plain, problem_to_plain
 from meshd.edge.http import from_json, read_body, send_json, to_json
 from meshd.edge.openai_request import deadline, messages_of, privacy, sampling
 from meshd.edge.targets import Models
-from meshd.orchestrate.events import Answered, Ask
+from meshd.orchestrate.events import Answered, Ask, AskEvent
 from meshd_plugins.api import Failed, Operation, Value
 
 if TYPE_CHECKING:
@@ -64,12 +64,16 @@ class Resolve:
 class Leave:
     """`POST /mesh/v1/leave`: only for those whom the Unix socket's mode lets in. An ASGI application."""
 
-    def __init__(self, service: MeshService) -> None:
+    def __init__(self, service: MeshService, limits: EdgeLimits) -> None:
         self._service = service
+        self._limits = limits
 
-    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, once the leave was announced."""
         context = context_of(scope)
+        # It says nothing, but a client that is still sending it must not find the connection closed.
+        limits = self._limits
+        await read_body(scope, receive, limits.request_bytes_max, limits.body_deadline_s)
         if not context.unix:
             raise RequestError(
                 "Leaving is possible only through the Unix socket (`meshd leave`)",
@@ -97,12 +101,15 @@ class MeshAsk:
         stream = EventStream(receive, send, b"application/x-ndjson", _BEAT, limits.heartbeat_s)
         stream.headers.extend(context.headers)
 
+        answered = False
+
+        async def take(event: AskEvent) -> None:
+            nonlocal answered
+            answered = answered or isinstance(event, Answered)
+            await stream.write(to_json(event_to_plain(event)) + b"\n")
+
         async def relay() -> None:
-            answered = False
-            async with asking(self._service, ask, limits.deadline_grace_s) as events:
-                async for event in events:
-                    answered = answered or isinstance(event, Answered)
-                    await stream.write(to_json(event_to_plain(event)) + b"\n")
+            await asking(self._service, ask, limits.deadline_grace_s, take)
             if not answered:
                 raise Failed("the answer ended before it was complete", code="stream_lost")
 

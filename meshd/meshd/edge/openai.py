@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from meshd.edge.asking import EventStream, Progress, asking, extension_of, until_gone, usage_of
@@ -18,7 +19,7 @@ from meshd.edge.errors import ClientGone, RequestError, problem_of
 from meshd.edge.http import from_json, read_body, send_json, to_json
 from meshd.edge.openai_request import Parsed, parse_chat, parse_completion
 from meshd.edge.targets import Models
-from meshd.orchestrate.events import Answered, Ask
+from meshd.orchestrate.events import Answered, Ask, AskEvent
 from meshd_plugins.api import Operation, Value
 
 if TYPE_CHECKING:
@@ -134,11 +135,11 @@ class _Answer:
         texts: list[str] = []
         progress = self._progress
 
-        async def collect() -> None:
-            async with asking(service, self._ask, self._limits.deadline_grace_s) as events:
-                texts.extend([progress.note(event) async for event in events])
+        async def take(event: AskEvent) -> None:
+            texts.append(progress.note(event))
 
-        await until_gone(receive, collect)
+        grace_s = self._limits.deadline_grace_s
+        await until_gone(receive, partial(asking, service, self._ask, grace_s, take))
         answered = progress.complete()
         body = {
             **self._head(self._dialect.object_whole),
@@ -159,17 +160,18 @@ class _Answer:
         before, after = self._frame()
         first = True
 
-        async def relay() -> None:
+        async def take(event: AskEvent) -> None:
             nonlocal first
-            async with asking(service, self._ask, self._limits.deadline_grace_s) as events:
-                async for event in events:
-                    text = progress.note(event)
-                    if text:
-                        if first and not stream.started:
-                            stream.headers.append(progress.served_by_header())
-                        choice = to_json(self._dialect.delta(text, first=first))
-                        first = False
-                        await stream.write(before + choice + after)
+            text = progress.note(event)
+            if text:
+                if first and not stream.started:
+                    stream.headers.append(progress.served_by_header())
+                choice = to_json(self._dialect.delta(text, first=first))
+                first = False
+                await stream.write(before + choice + after)
+
+        async def relay() -> None:
+            await asking(service, self._ask, self._limits.deadline_grace_s, take)
             await self._end(stream, progress.complete(), first=first)
 
         try:

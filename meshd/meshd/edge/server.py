@@ -7,6 +7,7 @@ application cannot learn which socket a request came in by.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -14,7 +15,7 @@ import structlog
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config as HypercornConfig
-from hypercorn.events import Closed, Event, RawData
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
@@ -108,7 +109,7 @@ class _Connections:
         self._live.add(stream)
         try:
             await _Connection(wrapper, self._config, self._context, stream, self._stalled_s).run()
-        except* Exception as group:  # noqa: BLE001 - the per-connection boundary: the other connections stay up
+        except* Exception as group:  # noqa: BLE001 - the per-connection boundary
             log.error("connection.failed", **description_of(group))
         finally:
             self._live.discard(stream)
@@ -139,10 +140,13 @@ class _RoomyListener(trio.abc.Listener[trio.SocketStream]):
 
 
 class _Connection(TCPServer):
-    """A connection whose writes end: Hypercorn shields them from cancellation, with no deadline.
+    """A Hypercorn connection with four differences.
 
-    The shield is right (half a chunk on the wire would spoil all that follows on the connection), so the
-    deadline closes the connection.
+    - A write has a deadline. Hypercorn shields writes from cancellation, rightly (half a chunk on the wire
+      would spoil all that follows), and without end; here the deadline closes the connection.
+    - The head of a response goes out with the first part of its body: one system call, one packet.
+    - Idle time is watched by one task a connection, where Hypercorn starts one a request.
+    - That task ends with the connection. Hypercorn's holds a closed connection until its idle time is up.
     """
 
     def __init__(
@@ -155,24 +159,56 @@ class _Connection(TCPServer):
     ) -> None:
         super().__init__(wrapper, config, context, ConnectionState({}), cast("Any", stream))
         self._stalled_s = stalled_s
+        self._head = b""
+        self._idle_until_s = trio.current_time() + config.keep_alive_timeout
 
     async def protocol_send(self, event: Event) -> None:
         """Carry out what the protocol wants sent or closed."""
-        if not isinstance(event, RawData):
-            await super().protocol_send(event)
-            return
-        if not event.data:
-            return
+        match event:
+            case RawData(data=data) if not self._head and _is_head(data):
+                self._head = data  # something always follows: a part of the body, or its end
+            case RawData(data=data):
+                data, self._head = self._head + data, b""
+                if data:
+                    await self._write(data)
+            case Updated(idle=idle):
+                now_s = trio.current_time()
+                self._idle_until_s = now_s + self.config.keep_alive_timeout if idle else math.inf
+            case _:
+                await super().protocol_send(event)
+
+    async def _write(self, data: bytes) -> None:
         async with self.send_lock:
             with trio.CancelScope(shield=True) as scope:
                 scope.deadline = trio.current_time() + self._stalled_s
                 try:
-                    await self.stream.send_all(event.data)
+                    await self.stream.send_all(data)
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
                     await self.protocol.handle(Closed())
             if scope.cancelled_caught:
                 await trio.aclose_forcefully(self.stream)
                 await self.protocol.handle(Closed())
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await self.idle_task.stop()
+
+    async def _idle_timeout(self) -> None:
+        while not self.context.terminated.is_set():
+            # While a request runs there is no deadline; look again after the shortest that may follow.
+            latest_s = trio.current_time() + self.config.keep_alive_timeout
+            with trio.move_on_at(min(self._idle_until_s, latest_s)):
+                await self.context.terminated.wait()
+            if self._idle_until_s <= trio.current_time():
+                break
+        if self._idle_until_s < math.inf:  # a connection in use ends after its response
+            with trio.CancelScope(shield=True):
+                await self._initiate_server_close()
+
+
+def _is_head(data: bytes) -> bool:
+    """Whether it is the head of a response, and not of an interim one (100 Continue)."""
+    return data.startswith(b"HTTP/1.1 ") and data[9:10] != b"1" and data.endswith(b"\r\n\r\n")
 
 
 def _hypercorn_config(keep_alive_s: float) -> HypercornConfig:

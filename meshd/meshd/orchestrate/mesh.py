@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -13,13 +12,13 @@ from meshd.core.membership import MemberView
 from meshd.orchestrate.catalogue import Catalogue
 from meshd.orchestrate.events import Answered, Ask, AskEvent, Piece, Routed
 from meshd.orchestrate.executor import Executor
-from meshd.orchestrate.planner import Plan, plan
+from meshd.orchestrate.planner import plan
+from meshd.orchestrate.service import Take
 from meshd_cms import node_id_text
 from meshd_naming import NamingError, ResolveOptions
 from meshd_plugins.api import CapabilityError, Failed, Logger, Refused, Value
 
 ERROR_CHARS_MAX = 500  # of an error's message in the canonical line
-EVENTS_WAITING_MAX = 16  # between the plan and whoever reads its events; then the plan waits
 Facts = Callable[[], Mapping[str, Value]]
 
 
@@ -60,43 +59,27 @@ class Mesh:
         self._log = log
         self._draining = False
         self._asks = 0
+        self._idle = trio.Event()
 
-    @asynccontextmanager
-    async def ask(self, ask: Ask) -> AsyncGenerator[AsyncIterator[AskEvent], None]:
+    async def ask(self, ask: Ask, take: Take) -> None:
         """Run one ask; see `MeshService.ask`."""
-        line = _CanonicalLine(ask, trio.current_time())
+        line = _CanonicalLine(ask, trio.current_time(), take)
         self._asks += 1
         try:
-            async with self._running(ask, line) as events:
-                yield events
+            if self._draining:
+                raise Refused("this node is stopping", code="draining")
+            if self._asks > self._requests_max:
+                raise Refused(f"{self._requests_max} requests are in flight here", code="busy")
+            planned = plan(ask, self._catalogue.data_names())
+            await self._executor.run(ask, planned, line.take)
         except Exception as error:
             line.error = error
             raise
         finally:
             self._asks -= 1
+            if self._asks == 0 and self._draining:
+                self._idle.set()
             line.write(self._log)
-
-    @asynccontextmanager
-    async def _running(self, ask: Ask, line: _CanonicalLine) -> AsyncGenerator[_Events, None]:
-        """The plan's task; what ends it is raised where its events are read, as it is."""
-        if self._draining:
-            raise Refused("this node is stopping", code="draining")
-        if self._asks > self._requests_max:
-            raise Refused(f"{self._requests_max} requests are in flight here", code="busy")
-        planned = plan(ask, self._catalogue.data_names())
-        send, receive = trio.open_memory_channel[AskEvent](EVENTS_WAITING_MAX)
-        events = _Events(receive, line)
-        failure: Exception | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._run, ask, planned, send, events)
-            try:
-                yield events
-            except Exception as error:  # noqa: BLE001 - raised again outside the nursery, so that
-                failure = error  # callers see the error itself and no group of one
-                line.reader_broke = error is not events.failure
-            nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
 
     def resolve(self, name: str) -> Mapping[str, Value]:
         """Resolution of a name, explained; see `MeshService.resolve`."""
@@ -154,9 +137,11 @@ class Mesh:
         """Announce a graceful leave and stop the daemon."""
         await self._faces.leave()
 
-    def drain(self) -> None:
-        """Refuse new asks from now on."""
+    async def drain(self) -> None:
+        """Refuse new asks from now on; return when those that run have ended. The caller bounds it."""
         self._draining = True
+        if self._asks:
+            await self._idle.wait()
 
     @property
     def asks_in_flight(self) -> int:
@@ -180,20 +165,12 @@ class Mesh:
             "capabilities": offered,
         }
 
-    async def _run(
-        self, ask: Ask, planned: Plan, send: trio.MemorySendChannel[AskEvent], events: _Events
-    ) -> None:
-        async with send:
-            try:
-                await self._executor.run(ask, planned, send.send)
-            except Exception as error:  # noqa: BLE001 - handed to the reader, a bug of ours too
-                events.failure = error
-
 
 class _CanonicalLine:
     """What the one log line of an ask says: who did what, how long, how it ended. No content."""
 
-    def __init__(self, ask: Ask, began_s: float) -> None:
+    def __init__(self, ask: Ask, began_s: float, take: Take) -> None:
+        self._take = take
         self._ask = ask
         self._began_s = began_s
         self._peers: list[str] = []
@@ -202,8 +179,8 @@ class _CanonicalLine:
         self.error: Exception | None = None
         self.reader_broke = False  # the error came from whoever read the events
 
-    def take(self, event: AskEvent) -> None:
-        """Note what the line will say."""
+    async def take(self, event: AskEvent) -> None:
+        """Note what the line will say, and pass the event on."""
         match event:
             case Routed():
                 self._peers.append(f"{event.capability_id}@{event.node_name}")
@@ -213,6 +190,11 @@ class _CanonicalLine:
                 self.answered = event
             case _:
                 pass
+        try:
+            await self._take(event)
+        except Exception:
+            self.reader_broke = True
+            raise
 
     def write(self, log: Logger) -> None:
         """Write it."""
@@ -244,27 +226,3 @@ class _CanonicalLine:
         if isinstance(error, CapabilityError | NamingError):
             return error.code
         return "cancelled" if self.reader_broke else "internal"
-
-
-class _Events:
-    """The events as they come; raises what ended the plan before its answer was complete."""
-
-    def __init__(self, receive: trio.MemoryReceiveChannel[AskEvent], line: _CanonicalLine) -> None:
-        self._receive = receive
-        self._line = line
-        self.failure: Exception | None = None
-
-    def __aiter__(self) -> _Events:
-        return self
-
-    async def __anext__(self) -> AskEvent:
-        try:
-            event = await self._receive.receive()
-        except trio.EndOfChannel:
-            if self.failure is not None:
-                raise self.failure from None
-            if self._line.answered is None:
-                raise Failed("the plan ended without an answer", code="internal") from None
-            raise StopAsyncIteration from None
-        self._line.take(event)
-        return event

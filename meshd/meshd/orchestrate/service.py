@@ -5,19 +5,25 @@ The edge knows this protocol and nothing below it, so it can be tested with a fa
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol, TypeAlias
 
 from meshd.orchestrate.events import Ask, AskEvent
 from meshd_plugins.api import Value
+
+Take: TypeAlias = Callable[[AskEvent], Awaitable[None]]
+"""Where the events of an ask go, in order."""
 
 
 class MeshService(Protocol):
     """Everything a person can ask of a node."""
 
-    def ask(self, ask: Ask) -> AbstractAsyncContextManager[AsyncIterator[AskEvent]]:
-        """Run one ask. Leaving the context cancels what still runs, here and on peers.
+    async def ask(self, ask: Ask, take: Take) -> None:
+        """Run one ask; return when `take` has had `Answered`, its last event.
+
+        Events come one at a time for a plan of one subtask; those of subtasks that run side by side
+        may overlap where `take` waits. The plan goes no faster than `take` returns. Cancelling cancels
+        what still runs, here and on peers; so does an error of `take`, which is raised as it is.
 
         Raises:
             meshd_naming.NamingError: the target is malformed (nothing was done).

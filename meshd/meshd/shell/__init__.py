@@ -1,0 +1,1 @@
+"""trio: sockets, processes, disk and service manager around the pure cores."""

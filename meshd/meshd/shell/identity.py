@@ -65,6 +65,9 @@ ROOT_KEY_FILE: Final = "root.key"
 NODE_CERTIFICATE_FILE: Final = "node.crt"
 NODE_KEY_FILE: Final = "node.key"
 DATAGRAM_KEY_FILE: Final = "datagram.key"
+_REQUIRED: Final = frozenset(
+    {MESH_FILE, ROOT_CERTIFICATE_FILE, NODE_CERTIFICATE_FILE, NODE_KEY_FILE, DATAGRAM_KEY_FILE}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +142,6 @@ def load_identity(state_dir: Path) -> Identity:
             server_context=tls.server_context(root_file, chain_file, key_file),
             is_founder=(directory / ROOT_KEY_FILE).exists(),
         )
-    except FileNotFoundError as error:
-        raise IdentityDamaged(f"{error.filename} is missing; {_RESTORE}") from error
     except ssl.SSLError as error:
         raise IdentityDamaged(
             f"the certificates in {directory} do not fit: {error}; {_RESTORE}"
@@ -271,6 +272,9 @@ def _check_permissions(directory: Path) -> None:
         ) from None
     if mode & 0o077:
         raise IdentityUnsafe(f"others can look into {directory}: run `chmod 700 {directory}`")
+    missing = sorted(_REQUIRED.difference(path.name for path in directory.iterdir()))
+    if missing:
+        raise IdentityDamaged(f"{directory / missing[0]} is missing; {_RESTORE}")
     for path in sorted(directory.iterdir()):
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise IdentityUnsafe(f"others can read {path}: run `chmod 600 {path}`")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import trio
 
-from meshd.core.frames import CallHeader, End, Error, Refuse
+from meshd.core.frames import CallHeader, End, Error, Refuse, UnsendableError
 from meshd.core.mux import CallState, ChunkReceived, MuxConfig
 from meshd.shell.stream_errors import RemoteFailed, RemoteRefused, StreamLost
 from meshd_cms.types import NodeId, Value
@@ -66,23 +66,24 @@ class OutgoingCall:
         if self._done:
             await trio.lowlevel.checkpoint()
             return None
-        outcome = await self._outbox.receive()
+        while True:
+            outcome = await self._outbox.receive()
+            if not isinstance(outcome, ChunkReceived):
+                return self._finish(outcome)
+            self._connection.consumed(outcome.call, outcome.size)
+            if outcome.value is not None:  # None says "complete" here, so no chunk may
+                return outcome.value
+
+    def _finish(self, outcome: End | Refuse | Error | StreamLost) -> None:
+        self._done = True
         match outcome:
-            case ChunkReceived(call, value, size):
-                self._connection.consumed(call, size)
-                return value
             case End(_, trailer, load):
-                self._done = True
                 self.trailer, self.load = trailer, load
-                return None
             case Refuse(_, code, message, load):
-                self._done = True
                 raise RemoteRefused(code, message, load)
             case Error(_, code, message, callers_fault, load):
-                self._done = True
                 raise RemoteFailed(code, message, load, callers_fault=callers_fault)
             case StreamLost():
-                self._done = True
                 raise outcome
 
     def deliver(self, outcome: _Outcome) -> None:
@@ -109,8 +110,10 @@ class IncomingCall:
         """Send a part of the answer; waits while the peer's reader or the line is behind.
 
         Raises:
-            UnsendableError: too large for a frame, or not data; the call can go on.
+            UnsendableError: too large for a frame, not data, or None; the call can go on.
         """
+        if value is None:
+            raise UnsendableError("None is no part of an answer")
         connection = self._connection
         await connection.room()
         while not connection.mux.may_send(self.id):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol, assert_never
+from typing import Final, Protocol, assert_never, cast
 
 import trio
 
@@ -129,7 +129,7 @@ class Connection:
         self._scope = trio.CancelScope()
         self._wake = trio.Event()
         self._room: trio.Event | None = None
-        self._writing = False
+        self._write_scope = trio.CancelScope(shield=True)
         self._heard_s = trio.current_time()
         self._token = 0
         self._pings: dict[int, trio.Event] = {}
@@ -143,11 +143,13 @@ class Connection:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write)
                     nursery.start_soon(self._pulse)
-                    await self._read(nursery)
+                    try:
+                        await self._read(nursery)
+                    finally:
+                        self._lose("this node closes it")
         finally:
-            self._lose("this node closes it")
             with trio.move_on_after(self._config.close_deadline_s, shield=True):
-                await self._goodbye()
+                await self._close()
 
     # For the pool
 
@@ -250,29 +252,35 @@ class Connection:
     # The tasks
 
     async def _write(self) -> None:
+        """Send what gathers in the mux; after the loss, what is left, under `close_deadline_s`.
+
+        Shielded: a write that is cut off leaves TLS in the middle of a record, and then not even the
+        reason of the end could be told.
+        """
         mux, statistics = self.mux, self._owner.statistics
-        while True:
-            if not mux.outgoing_bytes:
-                if mux.finished and not self._farewell:
-                    # Its PONG proves that the peer has read every final frame: then closing loses nothing.
-                    self._farewell = True
-                    mux.ping(_FAREWELL_TOKEN)
+        with self._write_scope:
+            while True:
+                if not mux.outgoing_bytes:
+                    if self.lost is not None:
+                        return
+                    if mux.finished and not self._farewell:
+                        # Its PONG proves that the peer has read every final frame: closing loses nothing.
+                        self._farewell = True
+                        mux.ping(_FAREWELL_TOKEN)
+                        continue
+                    self._wake = trio.Event()
+                    await self._wake.wait()
                     continue
-                self._wake = trio.Event()
-                await self._wake.wait()
-                continue
-            data = mux.take_outgoing()
-            if self._room is not None:
-                self._room.set()
-                self._room = None
-            self._writing = True
-            try:
-                await self._stream.send_all(data)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                self._lose(f"sending failed: {error.__cause__ or error}")
-                return
-            self._writing = False
-            statistics.bytes_sent += len(data)
+                data = mux.take_outgoing()
+                if self._room is not None:
+                    self._room.set()
+                    self._room = None
+                try:
+                    await self._stream.send_all(data)
+                except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                    self._lose(f"sending failed: {error.__cause__ or error}")
+                    return
+                statistics.bytes_sent += len(data)
 
     async def _read(self, nursery: trio.Nursery) -> None:
         statistics = self._owner.statistics
@@ -447,14 +455,14 @@ class Connection:
             self._room.set()
             self._room = None
         self._up_or_lost.set()
+        self.mux.goaway(CLOSING)
+        self._wake.set()
+        self._write_scope.deadline = trio.current_time() + self._config.close_deadline_s
         self._scope.cancel()
 
-    async def _goodbye(self) -> None:
-        """Send what is left, if the stream is whole, and close it."""
+    async def _close(self) -> None:
         try:
-            if not self._writing:  # a write that was cut off leaves TLS in the middle of a record
-                self.mux.goaway(CLOSING)
-                await self._stream.send_all(self.mux.take_outgoing())
+            if not self._write_scope.cancelled_caught:
                 await self._stream.aclose()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the peer is gone already
@@ -464,6 +472,10 @@ class Connection:
 
 def _only_leaf(error: Exception) -> Exception:
     """What a handler raised through its nurseries, if it was one thing."""
-    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-        error = error.exceptions[0]
-    return error
+    leaf: Exception = error
+    while isinstance(leaf, ExceptionGroup):
+        inner = cast("ExceptionGroup[Exception]", leaf).exceptions
+        if len(inner) != 1:
+            return error
+        leaf = inner[0]
+    return leaf

@@ -192,30 +192,36 @@ class PeerStreams:
         # and calls have final frames, so a cut can never pass for an end.
         secured = trio.SSLStream(stream, context, server_side=not dialed, https_compatible=True)
         try:
-            with trio.fail_after(self.config.dial_deadline_s):
-                await secured.do_handshake()
-            peer = peer_node(secured.getpeercert(binary_form=True), identity.mesh_id)
-            if peer == self._me:
-                raise PeerRejected("that is this node itself", code="own")
-            if expected is not None and peer != expected:
-                wanted, found = node_id_short(expected), node_id_short(peer)
-                raise PeerRejected(f"node {found} is there, not {wanted}", code="other_node")
-        except BaseException as raised:
+            peer = await self._authenticated(secured, expected)
+        except BaseException:
             await trio.aclose_forcefully(stream)
-            match raised:
-                case trio.TooSlowError():
-                    raise PeerUnreachable("the TLS handshake did not end in time") from raised
-                case trio.BrokenResourceError():
-                    cause = raised.__cause__ or raised
-                    if isinstance(cause, ssl.SSLError):
-                        raise PeerRejected(f"TLS: {cause}", code="bad_certificate") from raised
-                    raise PeerUnreachable(f"the TLS handshake broke: {cause}") from raised
-                case CertificateError():
-                    raise PeerRejected(str(raised), code="bad_certificate") from raised
-                case _:
-                    raise
+            raise
         mux = Mux(self.config.mux, identity.mesh_id, self._me, self._epoch, peer, dialer=dialed)
         return Connection(self, secured, mux, peer, dialed=dialed)
+
+    async def _authenticated(
+        self, secured: trio.SSLStream[trio.SocketStream], expected: NodeId | None
+    ) -> NodeId:
+        """The node at the other end, by its certificate. Raises PeerUnreachable."""
+        try:
+            with trio.fail_after(self.config.dial_deadline_s):
+                await secured.do_handshake()
+            peer = peer_node(secured.getpeercert(binary_form=True), self._identity.mesh_id)
+        except trio.TooSlowError as error:
+            raise PeerUnreachable("the TLS handshake did not end in time") from error
+        except trio.BrokenResourceError as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, ssl.SSLError):
+                raise PeerRejected(f"TLS: {cause}", code="bad_certificate") from error
+            raise PeerUnreachable(f"the TLS handshake broke: {cause}") from error
+        except CertificateError as error:
+            raise PeerRejected(str(error), code="bad_certificate") from error
+        if peer == self._me:
+            raise PeerRejected("that is this node itself", code="own")
+        if expected is not None and peer != expected:
+            wanted, found = node_id_short(expected), node_id_short(peer)
+            raise PeerRejected(f"node {found} is there, not {wanted}", code="other_node")
+        return peer
 
     async def _carry(self, connection: Connection, dial: _Dial | None) -> None:
         self._connections[connection] = dial
@@ -407,4 +413,4 @@ def _never_up(connection: Connection) -> PeerUnreachable:
     reason = connection.lost or "closed"
     if connection.is_tls_fault:
         return PeerRejected(reason, code="bad_certificate")
-    return PeerUnreachable(reason)
+    return PeerUnreachable(f"{reason}, before it said who it is: does it belong to this mesh?")
