@@ -140,7 +140,7 @@ class FakeRemote:
                     if isinstance(event, Done):
                         return event
                     await emit(event)
-        except BaseException:  # left before its end, by cancellation or by an error of the reader
+        except (trio.Cancelled, ConnectionError):  # or by what a reader of the tests raises
             self.cancelled.append(name)
             raise
         raise AssertionError("scripts of peers end with Done")

@@ -72,6 +72,8 @@ class Mesh:
                 raise Refused(f"{self._requests_max} requests are in flight here", code="busy")
             planned = plan(ask, self._catalogue.data_names())
             await self._executor.run(ask, planned, line.take)
+            if line.answered is None:
+                raise Failed("the plan ended without an answer", code="internal")
         except Exception as error:
             line.error = error
             raise

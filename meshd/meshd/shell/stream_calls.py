@@ -34,7 +34,7 @@ class StreamConfig:
     outgoing_bytes_max: int = 8 * 1024 * 1024  # above it, the peer does not read: it is cut off
 
 
-_Outcome: TypeAlias = ChunkReceived | End | Refuse | Error | StreamLost
+_Outcome: TypeAlias = End | Refuse | Error | StreamLost
 
 
 class OutgoingCall:
@@ -43,13 +43,13 @@ class OutgoingCall:
     `trailer` and `load` are set once `receive` gave None; before, they are None.
     """
 
-    __slots__ = ("_connection", "_done", "_inbox", "_outbox", "id", "load", "peer", "trailer")
+    __slots__ = ("_connection", "_inbox", "_outbox", "_outcome", "id", "load", "peer", "trailer")
 
     def __init__(self, connection: Connection, call: int) -> None:
         self._connection = connection
         # Unbounded on purpose: the credit of the call bounds what a peer may put in it.
-        self._inbox, self._outbox = trio.open_memory_channel[_Outcome](math.inf)
-        self._done = False
+        self._inbox, self._outbox = trio.open_memory_channel[ChunkReceived | _Outcome](math.inf)
+        self._outcome: _Outcome | None = None
         self.id = call
         self.peer: NodeId = connection.peer
         self.trailer: Value = None
@@ -58,35 +58,35 @@ class OutgoingCall:
     async def receive(self) -> Value | None:
         """The next part of the answer; None after the last one of a complete answer.
 
+        How a call ended is told each time: one that failed never looks complete.
+
         Raises:
             RemoteRefused: the peer did not take it.
             RemoteFailed: it broke there.
             StreamLost: the connection broke.
         """
-        if self._done:
+        while self._outcome is None:
+            event = await self._outbox.receive()
+            if not isinstance(event, ChunkReceived):
+                self._outcome = event
+                break
+            self._connection.consumed(event.call, event.size)
+            if event.value is not None:  # None says "complete" here, so no chunk may
+                return event.value
+        else:
             await trio.lowlevel.checkpoint()
-            return None
-        while True:
-            outcome = await self._outbox.receive()
-            if not isinstance(outcome, ChunkReceived):
-                return self._finish(outcome)
-            self._connection.consumed(outcome.call, outcome.size)
-            if outcome.value is not None:  # None says "complete" here, so no chunk may
-                return outcome.value
-
-    def _finish(self, outcome: End | Refuse | Error | StreamLost) -> None:
-        self._done = True
-        match outcome:
+        match self._outcome:
             case End(_, trailer, load):
                 self.trailer, self.load = trailer, load
+                return None
             case Refuse(_, code, message, load):
                 raise RemoteRefused(code, message, load)
             case Error(_, code, message, callers_fault, load):
                 raise RemoteFailed(code, message, load, callers_fault=callers_fault)
-            case StreamLost():
-                raise outcome
+            case StreamLost(message=message):
+                raise StreamLost(message)
 
-    def deliver(self, outcome: _Outcome) -> None:
+    def deliver(self, outcome: ChunkReceived | _Outcome) -> None:
         """Called by the connection: something came, or the connection is gone."""
         self._inbox.send_nowait(outcome)
 
