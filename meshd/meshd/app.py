@@ -67,7 +67,9 @@ StartError = (ConfigError, EdgeError, IdentityError, ListenError, StorageError, 
 
 EXIT_NOT_STARTED = 78  # EX_CONFIG: the unit does not restart on it
 PROTOCOL_VERSION = 1
-GC_THRESHOLD = 10_000  # allocations between collections of the young; raising it: fewer, longer ones
+GC_THRESHOLD = (
+    10_000  # allocations between collections of the young; raising it: fewer, longer ones
+)
 STREAM_DRAIN_S = 2.0
 UNKNOWN_ADDRESS: Address = ("0.0.0.0", 0)  # noqa: S104 - a placeholder, never bound
 

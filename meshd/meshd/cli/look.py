@@ -9,11 +9,37 @@ import click
 
 from meshd.cli import complete
 from meshd.cli.failures import Exit
-from meshd.cli.render import Column, duration, facts, harmless, plain, table, terminal_width
+from meshd.cli.render import Column, duration, facts, harmless, plain, size, table, terminal_width
 from meshd.cli.settings import Settings, json_option, pass_settings, print_json
 
 if TYPE_CHECKING:
     from meshd_plugins.api import Value
+
+
+def _load(value: Value) -> str:
+    """What a person wants to see of a load: how busy, and whatever is out of the ordinary."""
+    if not isinstance(value, Mapping) or not value:
+        return plain(None)
+    parts: list[str] = []
+    cpu, memory, busy = (value.get(key) for key in ("cpu", "memory_free_bytes", "capabilities"))
+    if isinstance(cpu, int | float):
+        parts.append(f"cpu {cpu:.0%}")
+    if memory is not None:
+        parts.append(f"{size(memory)} free")
+    if isinstance(busy, Mapping):
+        parts.extend(
+            f"{harmless(name.partition('#')[0])} {'+'.join(map(plain, taken))}"
+            for name, taken in busy.items()
+            if isinstance(taken, list)
+        )
+    temperature = value.get("temperature_c")
+    if isinstance(temperature, int | float):
+        parts.append(f"{temperature:.0f} °C")
+    parts.extend(
+        word for word in ("draining", "throttled", "on_battery") if value.get(word) is True
+    )
+    return ", ".join(parts) or plain(None)
+
 
 _PEERS: Final = (
     Column("name", "node", lambda value: plain(value)),
@@ -21,7 +47,7 @@ _PEERS: Final = (
     Column("address", "address"),
     Column("round_trip_ms", "rtt ms", right=True),
     Column("capabilities", "caps", right=True),
-    Column("load", "load"),
+    Column("load", "load", _load),
     Column("load_age_s", "load age", duration, right=True),
     Column("since_s", "since", duration, right=True),
 )

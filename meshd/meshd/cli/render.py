@@ -146,6 +146,10 @@ def _fit(cell: str, width: int, *, right: bool) -> str:
 
 
 def _label(key: str) -> str:
+    if key.endswith("_per_s"):
+        return (
+            harmless(key.removesuffix("_per_s").replace("tokens", "tok").replace("_", " ")) + "/s"
+        )
     for unit in ("_s", "_bytes"):
         key = key.removesuffix(unit)
     return harmless(key.replace("_", " "))

@@ -72,6 +72,7 @@ class NodeCore:
     ) -> None:
         self.config = config
         context = self._context = Context(config, me, store, rng)
+        self._started_s = 0.0
         self._soft = SoftLane(context)
         self._rumours = Rumours(context)
         self._prober = Prober(
@@ -90,6 +91,7 @@ class NodeCore:
         """Begin: timers run from now on."""
         context = self._context
         context.now_s = now_s
+        self._started_s = now_s
         self._prober.start()
         self._repair.start()
         self._soft.start()
@@ -255,16 +257,16 @@ class NodeCore:
     def members(self) -> tuple[MemberView, ...]:
         """Every node that is listed, ourselves among them, by id."""
         own = self._context.own_update()
-        views = [_view(member.update, member) for member in self._context.members]
-        views.append(replace(_view(own, None), is_self=True))
+        views = [_view(member.update, member, self._started_s) for member in self._context.members]
+        views.append(replace(_view(own, None, self._started_s), is_self=True))
         return tuple(sorted(views, key=lambda view: view.node))
 
     def member(self, node: NodeId) -> MemberView | None:
         """One of `members`."""
         if node == self._context.me.node:
-            return replace(_view(self._context.own_update(), None), is_self=True)
+            return replace(_view(self._context.own_update(), None, self._started_s), is_self=True)
         member = self._context.members.get(node)
-        return None if member is None else _view(member.update, member)
+        return None if member is None else _view(member.update, member, self._started_s)
 
     @property
     def has_peers(self) -> bool:
@@ -389,7 +391,7 @@ class NodeCore:
         context.timers.at(context.now_s + _SWEEP_S, self._sweep)
 
 
-def _view(update: Update, member: Member | None) -> MemberView:
+def _view(update: Update, member: Member | None, started_s: float) -> MemberView:
     return MemberView(
         update.node,
         update.name,
@@ -397,6 +399,6 @@ def _view(update: Update, member: Member | None) -> MemberView:
         update.state,
         update.epoch,
         update.incarnation,
-        0.0 if member is None else member.since_s,
+        started_s if member is None else member.since_s,
         None if member is None else member.round_trip_s,
     )

@@ -1,0 +1,194 @@
+"""Hosts of one local network: network namespaces joined by an Ethernet bridge, and daemons on them.
+
+The bridge and every link live in namespaces of their own, so nothing of the machine's own network is
+touched, and deleting the namespaces deletes all. Names hold the id of this process; addresses are private
+and exist in these namespaces only.
+
+with Lan() as lan, LanMesh(tmp, lan) as mesh:
+    one = mesh.start_on(lan.add_host(), "one")
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.support_daemons import Daemon, Mesh
+
+NETWORK = "10.77.0"  # /24, private, and only in these namespaces
+COMMAND_DEADLINE_S = 20.0
+LISTEN_PORT = 7946  # the daemon's defaults: every host has all its ports to itself
+HTTP_PORT = 8642
+_serial = itertools.count(1)
+
+
+class NoNamespacesError(Exception):
+    """This machine does not let us make namespaces; the text says what was refused."""
+
+
+def why_unavailable() -> str | None:
+    """What keeps this process from making a network of namespaces; None if nothing does."""
+    if shutil.which("ip") is None:
+        return "needs the command `ip` (Debian package iproute2)"
+    if os.geteuid() != 0:
+        return "needs root: network namespaces and bridges are made"
+    try:
+        with Lan() as lan:
+            lan.add_host()
+    except NoNamespacesError as error:
+        return f"this machine refuses network namespaces: {error}"
+    return None
+
+
+def ip(*arguments: str) -> None:
+    """Run `ip`; its refusal is raised with what it said."""
+    done = subprocess.run(
+        ["ip", *arguments], capture_output=True, text=True, timeout=COMMAND_DEADLINE_S, check=False
+    )
+    if done.returncode != 0:
+        raise NoNamespacesError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One machine on the bridge; its interface is `eth0`."""
+
+    namespace: str
+    address: str  # IPv4 literal; on eth0 once it is plugged in
+    port: str  # the bridge's end of its cable
+
+    def command(self, *arguments: str) -> list[str]:
+        """A command line that runs on this host; the process keeps its id."""
+        return ["ip", "netns", "exec", self.namespace, *arguments]
+
+
+class Lan:
+    """A bridge with hosts; all are deleted on exit, whatever happened inside."""
+
+    def __init__(self) -> None:
+        self._name = f"meshd-{os.getpid()}-{next(_serial)}"
+        self._bridge = f"{self._name}-bridge"
+        self._cleanup = ExitStack()
+        self._hosts = 0
+
+    def __enter__(self) -> Self:
+        try:
+            self._add_namespace(self._bridge)
+            ip("-n", self._bridge, "link", "add", "bridge0", "type", "bridge")
+            ip("-n", self._bridge, "link", "set", "bridge0", "up")
+        except BaseException:
+            self._cleanup.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._cleanup.close()
+
+    def add_host(self, *, plugged_in: bool = True) -> Host:
+        """One more host; unless `plugged_in`, it has the loopback interface and nothing else."""
+        self._hosts += 1
+        name = f"{self._name}-host{self._hosts}"
+        host = Host(name, f"{NETWORK}.{self._hosts}", f"port{self._hosts}")
+        self._add_namespace(name)
+        ip("-n", name, "link", "set", "lo", "up")
+        if plugged_in:
+            self.plug_in(host)
+        return host
+
+    def plug_in(self, host: Host) -> None:
+        """Give the host an interface with its address, and connect it to the bridge."""
+        end = ["name", "eth0", "netns", host.namespace]
+        ip("-n", self._bridge, "link", "add", host.port, "type", "veth", "peer", *end)
+        ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", "eth0")
+        ip("-n", host.namespace, "link", "set", "eth0", "up")
+        self._port(host, "master", "bridge0", "up")
+
+    def unplug(self, host: Host) -> None:
+        """Pull the cable: the host sees that its link is down."""
+        self._port(host, "down")
+
+    def plug_back(self, host: Host) -> None:
+        """Undo `unplug`."""
+        self._port(host, "up")
+
+    def cut(self, host: Host) -> None:
+        """Nothing passes any more, and the host's link stays up: a switch or a cable further on fails."""
+        self._port(host, "nomaster")
+
+    def heal(self, host: Host) -> None:
+        """Undo `cut`."""
+        self._port(host, "master", "bridge0")
+
+    def change_address(self, host: Host, address: str) -> Host:
+        """The host's address is replaced, as by another lease."""
+        ip("-n", host.namespace, "address", "flush", "dev", "eth0", "scope", "global")
+        ip("-n", host.namespace, "address", "add", f"{address}/24", "dev", "eth0")
+        return Host(host.namespace, address, host.port)
+
+    def _port(self, host: Host, *change: str) -> None:
+        ip("-n", self._bridge, "link", "set", "dev", host.port, *change)
+
+    def _add_namespace(self, name: str) -> None:
+        ip("netns", "add", name)
+        self._cleanup.callback(ip, "netns", "delete", name)
+
+
+class LanMesh(Mesh):
+    """Daemons of one mesh on hosts of a `Lan`, with the default settings for listening and discovery."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder, command=[sys.executable, "-m", "meshd"])
+
+    def start_on(
+        self,
+        host: Host,
+        name: str,
+        *,
+        plugins: Sequence[str] = ("hardware",),
+        sections: str = "",
+        wait: bool = True,
+    ) -> Daemon:
+        """Start a daemon on a host and, if `wait`, return when it is ready.
+
+        Its Unix socket lies in a file system that all hosts share: the test asks it from outside.
+        """
+        folder = self.init(name)
+        (folder / "meshd.toml").write_text(
+            f"""[node]
+name = "{name}"
+state_dir = "{folder / "state"}"
+[http]
+socket = "{folder / "meshd.sock"}"
+[plugins]
+enable = {json.dumps(list(plugins))}
+{sections}
+"""
+        )
+        with (folder / "log").open("ab") as log:
+            process = subprocess.Popen(
+                host.command(*self.command, "--config", str(folder / "meshd.toml"), "run"),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        daemon = Daemon(name, folder, LISTEN_PORT, HTTP_PORT, process)
+        self.daemons.append(daemon)
+        if wait:
+            self.wait(f"{name} to be ready", daemon, lambda: bool(daemon.get("/mesh/v1/status")))
+        return daemon
