@@ -20,7 +20,7 @@ from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-Value: TypeAlias = "None | bool | int | float | str | bytes | Sequence[Value] | Mapping[str, Value]"
+Value: TypeAlias = "bool | int | float | str | bytes | Sequence[Value] | Mapping[str, Value] | None"
 """What msgpack can carry: the only kind of data that crosses a process or a network boundary."""
 
 
@@ -81,7 +81,9 @@ class Descriptor:
     privacy: Privacy = Privacy.MESH  # the widest distance from which it may be called
     model: ModelFacts | None = None
     rates: Rates | None = None
-    fields: Mapping[str, Value] = field(default_factory=dict[str, Value])  # constraints compare these
+    fields: Mapping[str, Value] = field(
+        default_factory=dict[str, Value]
+    )  # constraints compare these
 
     @property
     def id(self) -> str:
@@ -162,15 +164,20 @@ class BadRequest(CapabilityError):
 
 
 class Refused(CapabilityError):
-    """Not taken. State: nothing was done. Codes: busy, draining, starting, unsupported, not_here,
-    hop_limit, privacy, too_large."""
+    """Not taken. State: nothing was done.
+
+    Codes: busy, draining, starting, unsupported, not_here, hop_limit, privacy, too_large.
+    """
 
     code = "busy"
 
 
 class Failed(CapabilityError):
-    """Broke after it began. State: partial output may exist. Codes: failed, worker_died, worker_hung,
-    deadline_exceeded, stream_lost."""
+    """Broke after it began. State: partial output may exist.
+
+    Codes: failed, crashed, contract, worker_died, worker_hung, deadline_exceeded, peer_hung,
+    peer_fault, unreachable, stream_lost.
+    """
 
     code = "failed"
 
@@ -210,10 +217,14 @@ class WorkerSpec:
 
     name: str  # for logs and `meshd plugins`
     argv: tuple[str, ...]
-    environment: Mapping[str, str] = field(default_factory=dict[str, str])  # nothing is inherited but PATH, HOME, LANG
+    environment: Mapping[str, str] = field(
+        default_factory=dict[str, str]
+    )  # nothing is inherited but PATH, HOME, LANG
     memory_bytes_max: int | None = None  # RLIMIT_AS is not it: enforced by watching resident memory
     start_deadline_s: float = 120.0
-    network: bool = False  # without it the process runs with no network, as far as the system allows
+    network: bool = (
+        False  # without it the process runs with no network, as far as the system allows
+    )
 
 
 class WorkerCall(Protocol):
@@ -255,10 +266,21 @@ class Supervisor(Protocol):
 class Logger(Protocol):
     """The part of structlog that plugins use."""
 
-    def debug(self, event: str, **fields: object) -> object: ...
-    def info(self, event: str, **fields: object) -> object: ...
-    def warning(self, event: str, **fields: object) -> object: ...
-    def error(self, event: str, **fields: object) -> object: ...
+    def debug(self, event: str, **fields: object) -> object:
+        """Something for whoever looks closely."""
+        ...
+
+    def info(self, event: str, **fields: object) -> object:
+        """Something that happened."""
+        ...
+
+    def warning(self, event: str, **fields: object) -> object:
+        """Something an operator may act on."""
+        ...
+
+    def error(self, event: str, **fields: object) -> object:
+        """Something that failed on our side."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,11 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-import msgpack
+from typing import cast
 
 from meshd.core.effects import Address
-from meshd_cms import Epoch
+from meshd_cms import CodecError, Epoch
+from meshd_cms.packing import pack, unpack
 
 EPOCH_FILE = "epoch"
 SNAPSHOT_FILE = "store.snapshot"
@@ -113,16 +113,24 @@ class Storage:
         if raw is None:
             return ()
         try:
-            decoded = msgpack.unpackb(raw)
-            peers = tuple((str(host), int(port)) for host, port in decoded)
-        except (ValueError, TypeError, msgpack.UnpackException):
+            decoded = unpack(raw)
+        except CodecError:
+            decoded = None
+        if not isinstance(decoded, list):
             self._quarantine(PEERS_FILE)
             return ()
-        return peers[:PEERS_MAX]
+        peers: list[Address] = []
+        for each in cast("list[object]", decoded):
+            match each:
+                case [str(host), int(port)]:
+                    peers.append((host, port))
+                case _:
+                    pass
+        return tuple(peers[:PEERS_MAX])
 
     def save_peers(self, peers: tuple[Address, ...]) -> bool:
         """Replace the list of peers to try first; False when the disk refused."""
-        return self._try_replace(PEERS_FILE, msgpack.packb(list(peers[:PEERS_MAX])))
+        return self._try_replace(PEERS_FILE, pack([list(peer) for peer in peers[:PEERS_MAX]]))
 
     def _read_int(self, name: str) -> int:
         raw = self._read(name)

@@ -48,9 +48,9 @@ class LlamaCapability:
             while (item := await call.receive()) is not None:
                 done = item.get("done")
                 if isinstance(done, Mapping):
-                    yield _done(done)
+                    yield _done(done)  # noqa: ASYNC119
                     return
-                yield _chunk(item)
+                yield _chunk(item)  # noqa: ASYNC119
         raise Failed("the worker ended the answer without saying why", code="failed")
 
 
