@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -13,6 +14,13 @@ _STATE_DIR_KEY = "node.state_dir"
 
 
 @click.command()
+@click.option(
+    "--config",
+    "config_paths",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Configuration file; the same as `meshd --config FILE run`.",
+)
 @click.option(
     "--set",
     "assignments",
@@ -26,7 +34,11 @@ _STATE_DIR_KEY = "node.state_dir"
 @pass_settings
 @click.pass_context
 def run(
-    ctx: click.Context, settings: Settings, assignments: tuple[str, ...], state_dir: Path | None
+    ctx: click.Context,
+    settings: Settings,
+    config_paths: tuple[Path, ...],
+    assignments: tuple[str, ...],
+    state_dir: Path | None,
 ) -> None:
     """Run the daemon in the foreground, until SIGTERM or Ctrl-C."""
     overrides: dict[str, object] = {}
@@ -41,6 +53,7 @@ def run(
         overrides[_STATE_DIR_KEY] = str(state_dir.absolute())
     if settings.socket is not None:
         overrides["http.socket"] = str(settings.socket.absolute())
+    settings = replace(settings, config_paths=(*settings.config_paths, *config_paths))
     config = settings.config(overrides)
     from meshd.app import run_daemon
 
