@@ -577,3 +577,18 @@ def test_the_local_preset_notices_a_silent_process_within_four_seconds() -> None
     node.meet(1)
     seen = node.run(4.0)
     assert MemberFailed in [type(e) for _, effect in seen for e in events_in([effect])]
+
+
+def test_deleted_keys_do_not_fill_the_record_for_ever() -> None:
+    node = bench(replace(lan(), tombstones_kept=4))
+    for round_number in range(30):  # 600 keys; a record holds 512
+        for number in range(20):
+            key = f"cap/{round_number}-{number}"
+            node.core.set(key, 1, node.now_s)
+            node.core.delete(key, node.now_s)
+        node.run(1.5)
+    line = node.store.line(node.store.owner)
+    assert line is not None
+    assert line.floor > 0
+    assert node.core.set("cap/one-more", 1, node.now_s) is not None
+    assert node.store.get(node.store.owner, "cap/one-more") == 1

@@ -300,12 +300,16 @@ class NodeCore:
         self._context.now_s = max(self._context.now_s, now_s)
 
     def _wrote(self, delta: Delta | None) -> tuple[Effect, ...]:
-        if delta is not None:
-            self._context.touch()
-            self._context.count("own_writes")
-            if not self._context.leaving:
-                self._rumours.start(Record(delta, rumour=True))
+        self._spread(delta)
         return self._context.take_effects()
+
+    def _spread(self, delta: Delta | None) -> None:
+        if delta is None:
+            return
+        self._context.touch()
+        self._context.count("own_writes")
+        if not self._context.leaving:
+            self._rumours.start(Record(delta, rumour=True))
 
     def _receive_own(self, messages: tuple[Message, ...]) -> None:
         self._context.count("dropped_own")
@@ -388,6 +392,8 @@ class NodeCore:
     def _sweep(self) -> None:
         self._claims.sweep()
         context = self._context
+        if not context.leaving:
+            self._spread(context.store.collect_tombstones(self.config.tombstones_kept))
         context.timers.at(context.now_s + _SWEEP_S, self._sweep)
 
 
