@@ -23,6 +23,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 from meshd_naming.errors import (
     BadConstraint,
@@ -68,6 +69,9 @@ CONSTRAINTS_MAX = 8
 FIELD_CHARS_MAX = 32
 ANY_LABEL = "*"
 ANY_REST = "**"
+
+
+_PARSED_MAX = 1024  # names kept parsed; each is bounded in length
 
 
 class Kind(StrEnum):
@@ -155,6 +159,9 @@ def parse_capability_name(text: str) -> Name:
     return name
 
 
+@lru_cache(
+    maxsize=_PARSED_MAX
+)  # a request parses its name more than once, and few names are asked for
 def _parse(text: str, *, patterns: bool) -> Name:
     _check_text(text)
     found = _PATH_END.search(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from functools import lru_cache
 
 REDACTED = "[redacted]"
 
@@ -18,6 +19,7 @@ _WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
 _URL_USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
+@lru_cache(maxsize=512)  # asked for every field of every log line
 def is_secret_name(name: str) -> bool:
     """Whether a value of this name is a secret: `api_key`, `hf_token`, `X-Auth-Token`, `rootKey`.
 
