@@ -40,10 +40,8 @@ from meshd.orchestrate.records import LOAD_KEY
 from meshd.orchestrate.remote import CallServer, PeerCapabilities
 from meshd.orchestrate.router import Router, RouterConfig
 from meshd.shell.addresses import (
-    ANY,
     ListenError,
-    advertised_host,
-    interface_addresses,
+    Whereabouts,
     listen,
     multicast_interfaces,
     parse_seed,
@@ -149,6 +147,7 @@ class Daemon:
                 await nursery.start(self._plugins.run)
                 nursery.start_soon(self._announcer.run)
                 nursery.start_soon(self._keeper.run)
+                nursery.start_soon(self._whereabouts.watch, self._network_changed)
                 await nursery.start(
                     partial(serve_edge, self._edge, self._edge_sockets, graceful_s=1.0)
                 )
@@ -200,7 +199,8 @@ class Daemon:
         self._discovered = _Discovered(
             set(), tuple(parse_seed(seed) for seed in config.discovery.seeds), remembered
         )
-        interfaces = multicast_interfaces(config.listen.host, config.discovery.interfaces)
+        interfaces = partial(multicast_interfaces, config.listen.host, config.discovery.interfaces)
+        interfaces()  # a name that is wrong is told before anything is open
         self._supervisor = ProcessSupervisor(log)
         self._plugins = self._build_plugins()
         self._listening = listen(config.listen.host, config.listen.port)
@@ -222,8 +222,8 @@ class Daemon:
         config = self._config
         epoch = self._storage.next_epoch()
         self._store = load_store(self._storage, self._identity, epoch, self._log)
-        host = advertised_host(config.listen.host, config.listen.advertise)
-        self._address: Address = (host, self._listening.port)
+        listening, advertise = self._listening, config.listen.advertise
+        self._whereabouts = Whereabouts(listening.host, advertise, listening.port)
         core = NodeCore(
             gossip_config(config.gossip),
             LocalNode(self._me, config.node.name, self._address),
@@ -386,6 +386,15 @@ class Daemon:
         if address not in known:
             self._driver.post(lambda core, now_s: core.join((address,), now_s))
 
+    def _network_changed(self) -> None:
+        """An interface came or went: be reached where we are now, and look for peers there."""
+        self._log.info("network.changed", address=self._address[0])
+        address = self._address
+        self._driver.post(lambda core, now_s: core.update_address(address, now_s))
+        self._announcer.node(self._about_node(), {})
+        self._discovery.restart(self._announcement())
+        self._join_known()
+
     async def _serve_call(self, call: IncomingCall) -> Value:
         return await self._call_server.serve(call)
 
@@ -405,6 +414,10 @@ class Daemon:
             for view in self._core.members()
             if view.state is MemberState.ALIVE and not view.is_self
         )
+
+    @property
+    def _address(self) -> Address:
+        return self._whereabouts.address
 
     # -- for people --------------------------------------------------------------------------------------
 
@@ -464,9 +477,6 @@ class Daemon:
 
     def _announcement(self) -> Announcement:
         """What mDNS shows of us: an opaque tag, and what we serve if the configuration allows it."""
-        host = self._address[0]
-        everywhere = self._config.listen.host in ANY
-        addresses = [a for a in interface_addresses() if not a.startswith("127.")]
         text: dict[str, str] = {}
         if self._config.discovery.announce_models:
             names = sorted({descriptor.name for descriptor in self._host.descriptors()})
@@ -474,7 +484,7 @@ class Daemon:
         return Announcement(
             instance=node_id_text(self._me),
             port=self._address[1],
-            addresses=tuple(addresses) if everywhere and addresses else (host,),
+            addresses=self._whereabouts.announced(),
             mesh_tag=mesh_tag(self._identity.mesh_id).hex(),
             text=text,
         )

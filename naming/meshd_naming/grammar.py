@@ -69,8 +69,6 @@ CONSTRAINTS_MAX = 8
 FIELD_CHARS_MAX = 32
 ANY_LABEL = "*"
 ANY_REST = "**"
-
-
 _PARSED_MAX = 1024  # names kept parsed; each is bounded in length
 
 

@@ -38,7 +38,7 @@ class Found:
 
 
 def discovery(which: Announcement, found: Found) -> MdnsDiscovery:
-    return MdnsDiscovery(which, interfaces=[LOOPBACK], found=found, log=KeptLog())
+    return MdnsDiscovery(which, interfaces=lambda: [LOOPBACK], found=found, log=KeptLog())
 
 
 async def need_multicast() -> None:
@@ -93,7 +93,7 @@ def test_a_network_that_refuses_is_told_and_does_not_end_the_node() -> None:
         log = KeptLog()
         nowhere = MdnsDiscovery(
             announcement("node-nowhere", 40_021),
-            interfaces=["203.0.113.77"],  # RFC 5737: no interface of this machine has it
+            interfaces=lambda: ["203.0.113.77"],  # RFC 5737: no interface of this machine has it
             found=Found(),
             log=log,
         )
@@ -105,6 +105,32 @@ def test_a_network_that_refuses_is_told_and_does_not_end_the_node() -> None:
                 nursery.cancel_scope.cancel()
         assert "mdns.failed" in log.events()
         assert not nowhere.statistics.registered
+
+    trio.run(main)
+
+
+def test_a_network_that_comes_later_is_used_at_once() -> None:
+    async def main() -> None:
+        await need_multicast()
+        found, nothing = Found(), Found()
+        there: list[str] = []
+        first = announcement("node-late", 40_031)
+        log = KeptLog()
+        late = MdnsDiscovery(first, interfaces=lambda: there, found=nothing, log=log)
+        watcher = discovery(announcement("node-early", 40_032), found)
+        with trio.fail_after(DEADLINE_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watcher.run)
+                nursery.start_soon(late.run)
+                while not late.statistics.last_error:
+                    await trio.lowlevel.checkpoint()
+                there.append(LOOPBACK)
+                late.restart(first)
+                await found.wait_for((LOOPBACK, 40_031))
+                late.restart(replace(first, port=40_033))
+                await found.wait_for((LOOPBACK, 40_033))
+                nursery.cancel_scope.cancel()
+        assert log.events().count("mdns.failed") == 1
 
     trio.run(main)
 

@@ -114,7 +114,9 @@ class GossipConfig:
     soft_fanout: int = 8  # random peers told in larger meshes. Up: fresher, more traffic
 
     # -- Own record --------------------------------------------------------------------------------
-    tombstones_kept: int = 64  # deleted keys that are told. Up: fewer whole transfers, longer record
+    tombstones_kept: int = (
+        64  # deleted keys that are told. Up: fewer whole transfers, longer record
+    )
 
     # -- Messages ---------------------------------------------------------------------------------------
     datagram_payload_bytes_max: int = DATAGRAM_BYTES_MAX - SEALING_BYTES  # bytes before sealing

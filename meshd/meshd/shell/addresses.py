@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
+import trio
 
 from meshd.core.effects import Address
 from meshd.shell.driver import open_datagram_socket
@@ -16,6 +18,8 @@ from meshd.shell.driver import open_datagram_socket
 ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not bound
 PORT_TRIES = 16  # a free TCP port may be taken for UDP
 STREAM_BACKLOG = 128
+CHECK_INTERVAL_S = 2.0  # looks at the interfaces cost 0.3 ms; up: a new network is used later
+LOOPBACK = "127.0.0.1"
 
 
 class ListenError(Exception):
@@ -67,11 +71,12 @@ def listen(host: str, port: int) -> Listening:
     raise ListenError(f"no port on {host} is free for both UDP and TCP")
 
 
-def advertised_host(host: str, advertise: str) -> str:
+def advertised_host(host: str, advertise: str, held: str = LOOPBACK) -> str:
     """The address that others are told: as configured, else where we listen, else the best we have.
 
-    The best is the one that the default route would use; without a route, the first address of an
-    interface that is up; without one, loopback (a mesh of one machine).
+    The best is the one that the default route would use; without a route, `held` while an interface
+    that is up has it, else the first address of such an interface; without one, `held`: a cable that
+    is pulled moves nobody.
     """
     if advertise:
         return advertise
@@ -80,25 +85,84 @@ def advertised_host(host: str, advertise: str) -> str:
     routed = _routed_address()
     if routed is not None:
         return routed
-    others = [address for address in interface_addresses() if not address.startswith("127.")]
-    return others[0] if others else "127.0.0.1"
+    others = outward_addresses()
+    return held if held in others or not others else others[0]
+
+
+class Whereabouts:
+    """Where this node is reached, now and when the network changes under it.
+
+    A board that boots before its network is there has the loopback address only, and one that gets a
+    new lease has another than it said: what was true at the start is no base for the rest of a life.
+
+    Args:
+        host: where we listen.
+        advertise: the configured address; it wins.
+        port: the same for UDP and TCP.
+    """
+
+    def __init__(self, host: str, advertise: str, port: int) -> None:
+        self._host = host
+        self._advertise = advertise
+        self.address: Address = (advertised_host(host, advertise), port)
+        self._interfaces = _interfaces_up()
+
+    def announced(self) -> tuple[str, ...]:
+        """What mDNS tells: all addresses that we listen on, for a peer shares some of our networks only."""
+        outward = tuple(a for _, a in self._interfaces if not a.startswith("127."))
+        return (outward if self._host in ANY else ()) or (self.address[0],)
+
+    async def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` after an interface or our address changed, until cancelled."""
+        while True:
+            await trio.sleep(CHECK_INTERVAL_S)
+            moved = False
+            with suppress(OSError):  # an interface that goes while we look: the next look tells
+                moved = self._look()
+            if moved:
+                changed()
+
+    def _look(self) -> bool:
+        interfaces = _interfaces_up()
+        held, port = self.address
+        address = (advertised_host(self._host, self._advertise, held), port)
+        same = (interfaces, address) == (self._interfaces, self.address)
+        self._interfaces, self.address = interfaces, address
+        return not same
 
 
 def interface_addresses() -> tuple[str, ...]:
     """IPv4 addresses of all interfaces that are up, loopback last."""
-    up = psutil.net_if_stats()
-    found = [
-        each.address
-        for name, addresses in sorted(psutil.net_if_addrs().items())
-        if name in up and up[name].isup
-        for each in addresses
-        if each.family == socket.AF_INET
-    ]
+    found = [address for _, address in _interfaces_up()]
     return tuple(sorted(found, key=lambda address: address.startswith("127.")))
 
 
+def outward_addresses() -> tuple[str, ...]:
+    """IPv4 addresses of all interfaces that are up, without loopback."""
+    return tuple(a for a in interface_addresses() if not a.startswith("127."))
+
+
+def _interfaces_up() -> tuple[tuple[str, str], ...]:
+    """Name and IPv4 address of each interface that is up and has a link; bridges last.
+
+    The bridge of a container runtime has the same address on every host: a peer told of it finds itself.
+    """
+    up, addresses = psutil.net_if_stats(), psutil.net_if_addrs()
+    names = sorted(name for name in addresses if name in up and up[name].isup)
+    return tuple(
+        (name, each.address)
+        for name in sorted(names, key=_is_bridge)
+        for each in addresses[name]
+        if each.family == socket.AF_INET
+    )
+
+
+def _is_bridge(interface: str) -> bool:
+    return Path("/sys/class/net", interface, "bridge").exists()
+
+
 def multicast_interfaces(host: str, interfaces: Sequence[str]) -> tuple[str, ...]:
-    """IPv4 addresses of the interfaces that mDNS uses; () means all.
+    """IPv4 addresses of the interfaces that mDNS uses now; () when none of them has one.
 
     Args:
         host: where we listen; one address means that interface only.
@@ -108,7 +172,7 @@ def multicast_interfaces(host: str, interfaces: Sequence[str]) -> tuple[str, ...
         ListenError: an interface is not there, with those that are.
     """
     if not interfaces:
-        return () if host in ANY or ":" in host else (host,)
+        return interface_addresses() if host in ANY or ":" in host else (host,)
     addresses = psutil.net_if_addrs()
     found: list[str] = []
     for interface in interfaces:

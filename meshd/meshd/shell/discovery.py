@@ -4,6 +4,9 @@ Invariant: what is heard here is a *hint*. It becomes an address to contact, nev
 announcement loses no member; a registration that fails or takes its time delays nothing (probing for a
 free name takes over a second by the RFC's design).
 
+A zeroconf instance uses the interfaces that were there when it was made. When they change, it is closed
+and a new one is made.
+
 zeroconf runs its own asyncio loop in its own thread. Its callbacks touch nothing of ours: they post a
 hint through the trio token into a bounded channel; hints that do not fit are counted and lost, since mDNS
 repeats itself. Service: `_meshd._tcp` (RFC 6763), TXT keys `v` protocol version, `mesh` the opaque tag,
@@ -26,7 +29,6 @@ from zeroconf import (
     Error as ZeroconfError,
 )
 from zeroconf import (
-    InterfaceChoice,
     IPVersion,
     ServiceBrowser,
     ServiceInfo,
@@ -35,7 +37,7 @@ from zeroconf import (
 )
 
 from meshd.core.effects import Address
-from meshd.shell.addresses import interface_addresses
+from meshd.shell.addresses import ListenError, interface_addresses
 from meshd_plugins.api import Logger
 
 _T = TypeVar("_T")
@@ -102,7 +104,8 @@ class MdnsDiscovery:
 
     Args:
         announcement: what is registered; change it with `announce`.
-        interfaces: IPv4 addresses of the interfaces to use; empty means all.
+        interfaces: gives the IPv4 addresses of the interfaces to use, as of now; asked again by each
+            `restart` and retry. It may raise ListenError.
         found: called in the trio thread with an address that answered for this mesh.
         log: bound logger.
     """
@@ -111,15 +114,16 @@ class MdnsDiscovery:
         self,
         announcement: Announcement,
         *,
-        interfaces: Sequence[str],
+        interfaces: Callable[[], Sequence[str]],
         found: Callable[[Address], None],
         log: Logger,
     ) -> None:
         self._announcement = announcement
-        self._interfaces = tuple(interfaces)
+        self._interfaces = interfaces
         self._found = found
         self._log = log
         self._changed = trio.Event()
+        self._outdated = False  # the zeroconf instance uses interfaces of the past
         self._limiter = trio.CapacityLimiter(2)  # a call in flight, and close
         self.statistics = DiscoveryStatistics()
 
@@ -128,6 +132,12 @@ class MdnsDiscovery:
         if announcement != self._announcement:
             self._announcement = announcement
             self._changed.set()
+
+    def restart(self, announcement: Announcement) -> None:
+        """The network is another one: announce and browse on the interfaces that are there now."""
+        self._announcement = announcement
+        self._outdated = True
+        self._changed.set()
 
     async def run(self) -> None:
         """Announce and browse until cancelled; a failing network is retried with backoff for ever."""
@@ -151,15 +161,18 @@ class MdnsDiscovery:
             nursery.start_soon(self._take_hints, receive)
             backoff_s = RETRY_FIRST_S
             while True:
+                self._changed, self._outdated = trio.Event(), False
                 try:
                     await self._announce_and_browse(_Listener(post))
-                except (OSError, ZeroconfError) as error:
+                    backoff_s = RETRY_FIRST_S
+                except (OSError, ZeroconfError, ListenError) as error:
                     self.statistics.last_error = str(error)
-                    self.statistics.registered = False
                     self._log.warning("mdns.failed", error=str(error), retry_s=backoff_s)
+                    with trio.move_on_after(backoff_s):
+                        await self._changed.wait()  # another network: try at once
+                    backoff_s = min(backoff_s * 2, RETRY_MAX_S)
+                self.statistics.registered = False
                 self.statistics.restarts += 1
-                await trio.sleep(backoff_s)
-                backoff_s = min(backoff_s * 2, RETRY_MAX_S)
 
     async def _take_hints(self, receive: trio.MemoryReceiveChannel[ServiceInfo]) -> None:
         async for info in receive:
@@ -180,15 +193,18 @@ class MdnsDiscovery:
             self._found((address, info.port))
 
     async def _announce_and_browse(self, listener: ServiceListener) -> None:
-        """One life of a zeroconf instance.
+        """One life of a zeroconf instance: until `restart`.
 
         Raises:
             OSError, zeroconf.Error: the network refused; everything of this life is closed.
+            ListenError: an interface to use is not there.
         """
-        missing = sorted(set(self._interfaces) - set(interface_addresses()))
+        interfaces = list(self._interfaces())
+        missing = sorted(set(interfaces) - set(interface_addresses()))
         if missing:  # asked first: zeroconf leaks the sockets it had opened when one fails
             raise OSError(errno.EADDRNOTAVAIL, f"no interface has the address {missing[0]}")
-        interfaces = list(self._interfaces) if self._interfaces else InterfaceChoice.All
+        if not interfaces:
+            raise OSError(errno.EADDRNOTAVAIL, "no interface to use has an address")
         zeroconf = await self._in_thread(
             partial(Zeroconf, interfaces=interfaces, ip_version=IPVersion.V4Only)
         )
@@ -203,6 +219,8 @@ class MdnsDiscovery:
             self._log.info("mdns.registered", instance=registered.name)
             while True:
                 await self._changed.wait()
+                if self._outdated:
+                    return
                 self._changed = trio.Event()
                 await self._in_thread(partial(zeroconf.update_service, self._service_info()))
         finally:
