@@ -34,7 +34,7 @@ from meshd.edge.server import EdgeError, open_edge_sockets, serve_edge
 from meshd.orchestrate.announcer import Announcer
 from meshd.orchestrate.catalogue import Catalogue
 from meshd.orchestrate.executor import Executor
-from meshd.orchestrate.host import CapabilityHost
+from meshd.orchestrate.host import CapabilityHost, HostChange
 from meshd.orchestrate.mesh import Faces, Mesh
 from meshd.orchestrate.records import LOAD_KEY
 from meshd.orchestrate.remote import CallServer, PeerCapabilities
@@ -65,6 +65,7 @@ StartError = (ConfigError, EdgeError, IdentityError, ListenError, StorageError, 
 
 EXIT_NOT_STARTED = 78  # EX_CONFIG: the unit does not restart on it
 PROTOCOL_VERSION = 1
+MDNS_SHOWN_MAX = 256  # addresses kept for `meshd status`; hints beyond it still count
 GC_THRESHOLD = (
     10_000  # allocations between collections of the young; raising it: fewer, longer ones
 )
@@ -174,11 +175,10 @@ class Daemon:
     async def _stop_in_order(self) -> None:
         """Refuse, finish, leave, save; each with a deadline."""
         limits = self._config.limits
-        self._announcer.load_changed()  # says `draining` to everybody
+        self._host.close_to_peers()
         with trio.move_on_after(limits.stop_s) as waited:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._mesh.drain)
-                nursery.start_soon(self._host.drain)
+            await self._mesh.drain()  # first: asks taken here may still need the capabilities here
+            await self._host.drain()
         if waited.cancelled_caught:
             self._log.warning("daemon.cut_off", in_flight=self._host.in_flight)
         await self._announce_leave()
@@ -273,7 +273,7 @@ class Daemon:
         )
         self._host = CapabilityHost(
             queue_max=config.limits.queue_max,
-            changed=self._announcer.capability_changed,
+            changed=self._capability_changed,
             load_changed=self._announcer.load_changed,
             log=log,
         )
@@ -377,9 +377,14 @@ class Daemon:
                 self._catalogue.members_changed()
                 self._log.info(_event_name(event), **_event_fields(event))
 
+    def _capability_changed(self, change: HostChange) -> None:
+        self._announcer.capability_changed(change)
+        self._discovery.announce(self._announcement())
+
     def _found(self, address: Address) -> None:
         """MDNS heard of an address: contact it, unless a member is there."""
-        self._discovered.mdns.add(address)
+        if len(self._discovered.mdns) < MDNS_SHOWN_MAX:
+            self._discovered.mdns.add(address)
         known = {
             view.address for view in self._catalogue.members() if view.state is MemberState.ALIVE
         }

@@ -220,6 +220,19 @@ def test_a_contested_address_goes_to_the_later_life_and_the_other_is_suspected()
     assert (node.state(1), node.state(2)) == (SUSPECT, ALIVE)
 
 
+def test_two_that_both_show_themselves_at_one_address_are_not_accused_again_and_again() -> None:
+    node = bench()
+    node.meet(1)
+    newer = replace(claim(2, epoch=20), address=address(1))
+    seen = events_in(node.tell([Claim(newer, merged=False)], peer=2, epoch=20))
+    for incarnation in range(1, 20):  # the loser refutes, and is believed
+        refuted = replace(claim(1), incarnation=incarnation)
+        seen += events_in(node.tell([Claim(refuted, merged=False)], peer=1))
+    assert node.state(1) == ALIVE
+    assert sum(isinstance(event, AddressContested) for event in seen) == 1
+    assert sum(isinstance(event, MemberSuspected) for event in seen) == 1
+
+
 def test_who_left_is_forgotten_with_its_record_and_is_no_ghost_later() -> None:
     node = bench()
     node.meet(1)

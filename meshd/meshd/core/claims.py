@@ -51,6 +51,7 @@ class Claims:
         self._prober = prober
         self._soft = soft
         self._suspicions = Suspicions(context.config, context.timers, self._expired)
+        self._contested_s: dict[NodeId, float] = {}  # when a loser of an address was last accused
         self._orphans: dict[NodeId, float] = {}  # owner -> since when it is not listed
         self.newcomer: Callable[[Member], None] = _nothing  # a life that was not known of
         self.came_back: Callable[[Member], None] = _nothing  # a dead member is alive again
@@ -285,6 +286,13 @@ class Claims:
         holder = context.members.at_address(member.address)
         assert holder is not None
         loser = other if holder.node == member.node else member
+        accused_s = self._contested_s.get(loser.node)
+        if accused_s is not None and context.now_s - accused_s < context.config.contest_gap_s:
+            return  # it has shown itself since: two that are both there, for a person to tell apart
+        self._contested_s.pop(loser.node, None)
+        self._contested_s[loser.node] = context.now_s
+        if len(self._contested_s) > context.config.members_max:
+            del self._contested_s[next(iter(self._contested_s))]
         context.count("addresses_contested")
         context.notify(AddressContested(member.address, holder.node, loser.node))
         if loser.state is MemberState.ALIVE:

@@ -113,6 +113,11 @@ class GossipConfig:
     soft_direct_members_max: int = 64  # up to here every peer is told directly. Up: more datagrams
     soft_fanout: int = 8  # random peers told in larger meshes. Up: fresher, more traffic
 
+    # -- Addresses -------------------------------------------------------------------------------
+    contest_gap_s: float = (
+        60.0  # s between accusations over one address. Up: fewer, a ghost stays longer
+    )
+
     # -- Own record --------------------------------------------------------------------------------
     tombstones_kept: int = (
         64  # deleted keys that are told. Up: fewer whole transfers, longer record

@@ -196,9 +196,14 @@ class CapabilityHost:
             if self._in_flight == 0:
                 self._idle.set()
 
+    def close_to_peers(self) -> None:
+        """Say that we drain. Asks that this node has taken already still find their slots here."""
+        self._draining = True
+        self._load_changed()
+
     async def drain(self) -> None:
         """Take nothing new; return when what runs has ended. The caller bounds the wait."""
-        self._draining = True
+        self.close_to_peers()
         for hosted in self._hosted.values():
             self._turn_away(hosted.door)
         await self._idle.wait()

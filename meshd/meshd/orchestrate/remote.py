@@ -146,6 +146,8 @@ class CallServer:
 
     def _request(self, call: IncomingCall) -> Request:
         header = call.header
+        if self._host.draining:
+            raise Refused("this node is stopping", code="draining")
         if header.hops > self._hops_max:
             raise Refused(
                 f"forwarded {header.hops} times, {self._hops_max} are allowed", code="hop_limit"
