@@ -25,7 +25,7 @@ venv: ## set up .venv: every dependency, llama-cpp-python built here
 	@deploy/bootstrap.sh
 
 demo: venv ## five daemons, a real model; KEEP=1 leaves them running, ASK='...' takes any question
-	@$(BIN)/python deploy/demo/demo.py $(if $(KEEP),--keep) $(if $(ASK),--ask "$$ASK")
+	@$(BIN)/python deploy/demo/demo.py $(if $(KEEP),--keep) $(if $(ASK),--ask="$$ASK")
 
 demo-stop: venv ## end the mesh that KEEP=1 left running
 	@$(BIN)/python deploy/demo/demo.py --stop

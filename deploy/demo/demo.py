@@ -1,6 +1,6 @@
 """The main job, shown: five real daemons on this machine find each other and answer together.
 
-    python deploy/demo/demo.py [--keep] [--ask 'any question']
+    python deploy/demo/demo.py [--keep] [--ask='any question']
 
 Everything is real: five processes with a state folder each, mDNS on the loopback interface, gossip over
 UDP, streams over mutual TLS, a 135-million-parameter model, the `meshd` command and the `openai` client.
@@ -10,14 +10,16 @@ Nothing is given a seed address unless multicast does not work here, and the las
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,8 +129,7 @@ def run_cli(node: Node, *arguments: str, show: bool = True) -> int:
     """Run `meshd` as a person would, its output passing through."""
     command = [str(MESHD), "--socket", str(node.socket), *arguments]
     if show:
-        quoted = " ".join(f"'{a}'" if " " in a else a for a in arguments)
-        say(f"{DIM}$ meshd {quoted}{PLAIN}")
+        say(f"{DIM}$ meshd {shlex.join(arguments)}{PLAIN}")
     return subprocess.run(command, timeout=ASK_DEADLINE_S + 15, check=False).returncode
 
 
@@ -141,9 +142,8 @@ def read_cli(node: Node, *arguments: str) -> object | None:
     return json.loads(done.stdout)
 
 
-def wait_for(what: str, deadline_s: float, done: object, watch: list[Node]) -> float:
+def wait_for(what: str, deadline_s: float, done: Callable[[], bool], watch: list[Node]) -> float:
     """Poll until `done()` is true; seconds it took. Fails early when a daemon has died."""
-    assert callable(done)
     began = time.monotonic()
     while not done():
         for node in watch:
@@ -177,12 +177,28 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
+@contextmanager
+def only_one() -> Iterator[None]:
+    """One demo at a time in a checkout: a second would end the first one's daemons as left over.
+
+    The kernel holds the lock, on this very file, and gives it back however the demo ends.
+    """
+    with Path(__file__).open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DemoFailed("another demo runs in this checkout; wait for its end") from None
+        yield
+
+
 def end_kept_mesh() -> None:
     """End a mesh that an earlier `KEEP=1` left running here, by the ids it wrote."""
     pids = FOLDER / "pids"
     if not pids.exists():
         return
     running = [int(line) for line in pids.read_text().split() if is_ours(int(line))]
+    if running:
+        say("ending the mesh that an earlier KEEP=1 left running")
     for pid in running:
         os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_DEADLINE_S
@@ -357,7 +373,7 @@ def ask_with_openai(entry: Node) -> None:
 
 def ask_and_see_who(entry: Node, question: tuple[str, ...]) -> str:
     """Ask through the CLI and return the name of the node that answered."""
-    say(f"{DIM}$ meshd {' '.join(question)}{PLAIN}")
+    say(f"{DIM}$ meshd {shlex.join(question)}{PLAIN}")
     asked = [str(MESHD), "--socket", str(entry.socket), "--json", *question]
     done = subprocess.run(
         asked, capture_output=True, text=True, timeout=ASK_DEADLINE_S, check=False
@@ -412,7 +428,7 @@ def show(everyone: list[Node], ask: str | None, began: float) -> None:
     say(f"{GREEN}✓{PLAIN} five daemons found each other in {time.monotonic() - began:.1f} s")
     if ask is not None:
         title(ask)
-        if run_cli(entry, "ask", "-v", "auto", ask) != 0:
+        if run_cli(entry, "ask", "-v", "auto", "--", ask) != 0:
             raise DemoFailed("no answer")
         return
     run_cli(entry, "peers")
@@ -445,10 +461,25 @@ def main() -> int:
     parser.add_argument("--ask", metavar="QUESTION", help="ask only this")
     parser.add_argument("--stop", action="store_true", help="end the mesh that --keep left running")
     options = parser.parse_args()
-    if options.stop:
-        end_kept_mesh()
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
+    try:
+        with only_one():
+            if options.stop:
+                end_kept_mesh()
+                shutil.rmtree(FOLDER, ignore_errors=True)
+            else:
+                demonstrate(keep=options.keep, ask=options.ask)
+    except DemoFailed as failure:
+        say(f"{RED}demo failed:{PLAIN} {failure}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted; everything was ended")
+        return 130
+    return 0
+
+
+def demonstrate(*, keep: bool, ask: str | None) -> None:
+    """All of it, from the self-test of multicast to the last line."""
     began = time.monotonic()
     mdns = trio.run(multicast_works, HOST)
     if not mdns:
@@ -459,29 +490,21 @@ def main() -> int:
     title("Five daemons, five processes, one machine, no master")
     for node in everyone:
         say(f"  {node.name:<6} {node.role}")
-    try:
-        with mesh(everyone, mdns=mdns, keep=options.keep):
-            show(everyone, options.ask, began)
-            found_by = discovery_used(everyone)
-            if options.keep:
-                keep_note(everyone[0])
-    except DemoFailed as failure:
-        say(f"{RED}demo failed:{PLAIN} {failure}")
-        return 1
-    except KeyboardInterrupt:
-        say("interrupted; everything was ended")
-        return 130
+    with mesh(everyone, mdns=mdns, keep=keep):
+        show(everyone, ask, began)
+        found_by = discovery_used(everyone)
+        if keep:
+            keep_note(everyone[0])
     say(f"\nshown in {time.monotonic() - began:.0f} s")
     say(f"discovery: {found_by}")
-    return 0
 
 
 def keep_note(entry: Node) -> None:
     """How to play with what is left running."""
     title("The mesh keeps running")
-    socket = os.path.relpath(entry.socket)
-    say(f"  .venv/bin/meshd --socket {socket} ask -v auto 'your question'")
-    say(f"  .venv/bin/meshd --socket {socket} peers | caps | status")
+    say(f'  export MESHD_SOCKET={shlex.quote(str(entry.socket))} PATH="{MESHD.parent}:$PATH"')
+    say("  meshd ask -v auto 'your question'")
+    say("  meshd peers; meshd caps; meshd status")
     say(f"  OpenAI base URL: http://{HOST}:{http_port(entry)}/v1")
     say("  end it: make demo-stop")
 

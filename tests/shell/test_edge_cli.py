@@ -98,6 +98,7 @@ def test_ask_as_json(daemon: Path) -> None:
         ("died", Exit.FAILED, "the worker died"),
         ("words", Exit.USAGE, "no calculation"),
         ("torn", Exit.BROKEN, "the peer died"),
+        ("torn", Exit.BROKEN, "the answer is not complete"),
         ("unended", Exit.BROKEN, "before it was complete"),
     ],
 )
@@ -120,6 +121,75 @@ def test_data_is_printed_as_text_or_written_to_a_file(daemon: Path, tmp_path: Pa
     torn = tmp_path / "torn.txt"
     meshd(daemon, "ask", "knowledge.gpt/torn", "Hi", "--output", str(torn))
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_nobody_serves_has_no_column_at_fault(daemon: Path) -> None:
+    done = meshd(daemon, "ask", "knowledge.gpt/gone", "Hi")
+    assert done.stderr.decode().startswith("meshd: no peer serves")
+
+
+def test_an_unknown_model_is_told_the_command_that_lists_them(daemon: Path) -> None:
+    done = meshd(daemon, "ask", "SmolLM2-135M", "Hi")
+    assert done.returncode == Exit.NOT_SERVED
+    assert "did you mean 'SmolLM2-135M-Instruct'? `meshd caps`" in done.stderr.decode()
+
+
+def test_auto_is_no_name_to_resolve(daemon: Path) -> None:
+    done = meshd(daemon, "resolve", "auto")
+    assert done.returncode == Exit.USAGE
+    assert "`meshd ask -v auto QUESTION`" in done.stderr.decode()
+
+
+def test_a_question_that_is_no_text_is_refused_before_it_is_asked(daemon: Path) -> None:
+    command = [sys.executable, "-c", "from meshd.cli import main; main()", "--socket", str(daemon)]
+    done = subprocess.run(
+        [*command, "ask", "auto", "-"],
+        input=b"\xff\xfe",
+        capture_output=True,
+        timeout=TIME_S,
+        check=False,
+    )
+    assert done.returncode == Exit.USAGE
+    assert "not UTF-8 text" in done.stderr.decode()
+    done = subprocess.run(
+        [*map(os.fsencode, command), b"ask", b"auto", b"\xff"],
+        capture_output=True,
+        timeout=TIME_S,
+        check=False,
+    )
+    assert done.returncode == Exit.USAGE
+    assert "not UTF-8 text" in done.stderr.decode()
+
+
+def test_a_terminal_without_utf8_still_gets_its_answer(
+    daemon: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "iso8859-5")  # has no ö
+    done = meshd(daemon, "ask", "-v", "knowledge.gpt/general", "Hi")
+    assert (done.returncode, done.stdout) == (0, b"Hello, w?rld\n")
+
+
+@pytest.mark.parametrize("command", [["caps"], ["ask", "knowledge.gpt/general", "Hi"]])
+def test_a_full_disk_is_one_line(daemon: Path, command: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "from meshd.cli import main; main()",
+                "--socket",
+                str(daemon),
+                *command,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=TIME_S,
+            check=False,
+        )
+    assert done.returncode != 0
+    assert done.stderr.decode().splitlines()[0] == "meshd: cannot write: No space left on device"
+    assert b"Traceback" not in done.stderr
 
 
 def test_views(daemon: Path) -> None:

@@ -67,6 +67,8 @@ def test_a_refused_user_is_told_the_command_that_mends_it(tmp_path: Path) -> Non
         ["ask", "auto", "Hi", "--privacy", "moon"],
         ["init"],
         ["init", "home", "--enrol", "f"],
+        ["init", "--enrol", "no-such-file"],
+        ["ask", "auto", "Hi", "--json", "--output", "f"],
         ["run", "--set", "nonsense"],
         ["run", "--set", "node.nmae=x"],
         ["run", "--set", "http.port=many"],

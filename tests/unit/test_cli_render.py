@@ -21,6 +21,15 @@ from meshd.cli.render import (
 COLUMNS = (Column("name", "name"), Column("count", "n", right=True), Column("why", "why"))
 
 
+def test_optional_columns_go_before_any_is_cut() -> None:
+    columns = [Column("a", "a"), Column("b", "b", optional=True), Column("c", "c", optional=True)]
+    rows = [{"a": "knowledge.gpt/general", "b": "chat", "c": "mesh"}]
+    assert table(rows, columns, 33).splitlines()[0].split() == ["A", "B", "C"]
+    assert table(rows, columns, 32).splitlines()[0].split() == ["A", "B"]
+    assert table(rows, columns, 26).splitlines() == ["A", "knowledge.gpt/general"]
+    assert table(rows, columns, 20).splitlines()[1].endswith("…")
+
+
 def test_columns_are_aligned() -> None:
     rows = [{"name": "pi", "count": 7, "why": "near"}, {"name": "workshop", "count": 112}]
     assert table(rows, COLUMNS, 80).splitlines() == [

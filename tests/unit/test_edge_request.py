@@ -68,6 +68,7 @@ def chat(**fields: Any) -> dict[str, Any]:
         (chat(meshd={"deadline_s": 0}), "meshd.deadline_s"),
         (chat(meshd={"privacy": "moon"}), "meshd.privacy"),
         (chat(meshd={"split": 1}), "meshd.split"),
+        (chat(meshd={"privcy": "local"}), "meshd.privcy"),
     ],
 )
 def test_what_is_wrong_is_named(payload: dict[str, Any], param: str) -> None:

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import errno
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import click
 
 from meshd import __version__
 from meshd.cli import ask, complete, look, node
-from meshd.cli.failures import Exit
+from meshd.cli.failures import CommandError, Exit
 from meshd.cli.settings import Settings
 
 __all__ = ["cli", "main"]
 
 
+# Of standard output, when it is a file. A closed pipe is click's to handle.
+_CANNOT_WRITE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+
+
 class _Group(click.Group):
-    """Ctrl-C ends any command with the status that shells expect of it, and without a word."""
+    """How any command ends that did not end by itself.
+
+    Ctrl-C: with the status that shells expect of it, and without a word. A full disk: with one line.
+    """
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             ctx.exit(Exit.INTERRUPTED)
+        except OSError as error:
+            if error.errno not in _CANNOT_WRITE:
+                raise
+            raise CommandError(f"cannot write: {error.strerror}", Exit.FAILED) from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,6 +44,7 @@ class _Group(click.Group):
     "--socket",
     type=click.Path(path_type=Path),
     envvar="MESHD_SOCKET",
+    show_envvar=True,
     help="The daemon's Unix socket. Otherwise found from the configuration.",
 )
 @click.option(
@@ -69,4 +85,7 @@ for command in (
 
 def main() -> None:
     """The `meshd` command."""
+    reconfigure: Callable[..., None] | None = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:  # a terminal without UTF-8 loses signs, not answers
+        reconfigure(errors="replace")
     cli(prog_name="meshd")

@@ -33,7 +33,9 @@ _PROMPT_SHOWN_CHARS: Final = 60
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 is the likeliest; 2 is wild.")
 @click.option("--seed", type=int, help="Of the sampler: the same gives the same answer.")
-@click.option("--deadline", type=click.FloatRange(min=0.001), help="Seconds for the whole answer.")
+@click.option(
+    "--deadline", type=click.FloatRange(0.001, 86_400), help="Seconds for the whole answer."
+)
 @click.option(
     "--privacy",
     type=click.Choice(["local", "lan", "mesh", "cloud"]),
@@ -65,6 +67,8 @@ def ask(
     --json every event is printed as one line.
     """
     settings = ctx.ensure_object(Settings)
+    if settings.as_json and output is not None:
+        raise click.UsageError("--output takes the answer, --json all events: give one of them")
     payload = _payload(target, prompt, options)
     told = (verbose or sys.stderr.isatty()) and not quiet and not settings.as_json
     show = _Show(output, told=told, as_json=settings.as_json)
@@ -90,8 +94,12 @@ def _payload(
     target: str, prompt: tuple[str, ...], options: Mapping[str, object]
 ) -> Mapping[str, Value]:
     text = " ".join(prompt)
-    if text == "-":
-        text = sys.stdin.read()
+    try:
+        if text == "-":
+            text = sys.stdin.buffer.read().decode()
+        text.encode()  # arguments that were no UTF-8 hold surrogates
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise click.UsageError(f"the question is not UTF-8 text: {error.reason}") from error
     if not text.strip() and not target.startswith("data."):
         raise click.UsageError("what is the question? Give PROMPT, or '-' to read it from a pipe")
     payload: dict[str, object] = {"target": target}
@@ -149,7 +157,7 @@ class _Show:
     def finish(self) -> None:
         """The answer is complete: end its line, or write its file."""
         self._end_line()
-        if self._output is None or self._as_json:
+        if self._output is None:
             return
         data = b"".join(self._collected)
         if str(self._output) == "-":

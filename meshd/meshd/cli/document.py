@@ -32,6 +32,7 @@ the command, prints JSON for scripts; `meshd ask --json` prints one event a line
 | 5 | refused: busy, stopping, or not allowed; nothing was done |
 | 6 | the deadline passed |
 | 7 | the answer broke off after it had begun: what was printed is not complete |
+| 78 | of `meshd run`: it cannot start as it is set up (no mesh, a port in use, a plugin unknown) |
 | 130 | Ctrl-C; an ask is cancelled on every node |
 
 ## Names

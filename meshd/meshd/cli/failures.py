@@ -57,7 +57,8 @@ class ServerError(CommandError):
 
     def __init__(self, status: int, error: Mapping[str, Value], *, begun: bool = False) -> None:
         exit_status = Exit.BROKEN if begun else _EXIT_OF_STATUS.get(status, Exit.FAILED)
-        super().__init__(str(error.get("message") or f"the daemon answered {status}"), exit_status)
+        message = str(error.get("message") or f"the daemon answered {status}")
+        super().__init__(message + ("; the answer is not complete" if begun else ""), exit_status)
         self.status = status
         self.error = error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, cast
 
@@ -48,27 +49,27 @@ _PEERS: Final = (
     Column("round_trip_ms", "rtt ms", right=True),
     Column("capabilities", "caps", right=True),
     Column("load", "load", _load),
-    Column("load_age_s", "load age", duration, right=True),
+    Column("load_age_s", "load age", duration, right=True, optional=True),
     Column("since_s", "since", duration, right=True),
 )
 _CAPABILITIES: Final = (
     Column("name", "name"),
     Column("node_name", "node"),
-    Column("operations", "operations"),
+    Column("operations", "operations", optional=True),
     Column("model", "model"),
     Column("slots", "busy", right=True),
     Column("decode_tokens_per_s", "tok/s", right=True),
-    Column("privacy", "privacy"),
+    Column("privacy", "privacy", optional=True),
     Column("state", "state"),
-    Column("age_s", "age", duration, right=True),
+    Column("age_s", "age", duration, right=True, optional=True),
 )
 _CANDIDATES: Final = (
     Column("place", "#", right=True),
     Column("node_name", "node"),
     Column("capability", "capability"),
-    Column("match", "match"),
-    Column("weight", "weight", right=True),
-    Column("age_s", "age", duration, right=True),
+    Column("match", "match", optional=True),  # the reason says it too, and the age
+    Column("weight", "weight", right=True, optional=True),
+    Column("age_s", "age", duration, right=True, optional=True),
     Column("reason", "why"),
 )
 _LEFT_OUT: Final = (
@@ -96,7 +97,11 @@ def status(settings: Settings, verbose: bool) -> None:
     if settings.as_json:
         print_json(view)
         return
-    click.echo(facts(view, skip=() if verbose else ("counters",)))
+    shown = {**view, "load": _load(view.get("load"))}
+    click.echo(facts(shown, skip=("counters",)))
+    counters = view.get("counters")
+    if verbose and isinstance(counters, Mapping):
+        click.echo("\ncounters\n" + textwrap.indent(facts(counters), "  "))
 
 
 @click.command()

@@ -72,7 +72,7 @@ def run(
 )
 @click.option(
     "--enrol",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Join the mesh that this enrolment file is of.",
 )
 @json_option
@@ -84,12 +84,13 @@ def init(
     enrolment: Path | None,
     enrol: Path | None,
 ) -> None:
-    r"""Found a mesh called NAME, or join one.
+    """Found a mesh called NAME, or join one.
 
-    \b
-    First node:   meshd init home --enrolment home.enrol
-    Other nodes:  meshd init --enrol home.enrol
-    Later:        meshd init --enrolment more.enrol    (on the first node)
+    The first node: meshd init home --enrolment home.enrol
+
+    Other nodes, with that file: meshd init --enrol home.enrol
+
+    Another file later, on the first node: meshd init --enrolment more.enrol
     """
     if (name is None and enrolment is None) == (enrol is None):
         raise click.UsageError(

@@ -25,17 +25,27 @@ class Column:
     title: str
     write: Callable[[Value], str] | None = None
     right: bool = False  # aligned, for figures
+    optional: bool = False  # left out where the terminal is too narrow for all
 
 
 def table(rows: Sequence[Mapping[str, Value]], columns: Sequence[Column], width: int) -> str:
     """Aligned lines with a title line, no longer than `width` as far as columns can shrink.
 
-    The widest columns give way first; a cell that does not fit ends in an ellipsis.
+    Optional columns go first, the last of them before the others; then the widest columns give way, and
+    a cell that does not fit ends in an ellipsis.
     """
+    columns = list(columns)
     cells = [[column.title.upper() for column in columns]]
     cells.extend([(c.write or plain)(row.get(c.key)) for c in columns] for row in rows)
     widths = [max(cell_width(line[i]) for line in cells) for i in range(len(columns))]
     spare = width - sum(widths) - len(_GAP) * (len(columns) - 1)
+    for i in reversed([i for i, column in enumerate(columns) if column.optional]):
+        if spare >= 0:
+            break
+        spare += widths.pop(i) + len(_GAP)
+        del columns[i]
+        for line in cells:
+            del line[i]
     while spare < 0:
         widest = max(range(len(widths)), key=widths.__getitem__)
         if widths[widest] <= _NARROWEST:

@@ -141,12 +141,15 @@ def problem_of(error: BaseException) -> Problem:
         case RequestError():
             kind = _KINDS.get(error.status, "invalid_request_error")
             return Problem(error.status, kind, error.code, error.message, error.param)
+        case NotServed():  # nothing is wrong with the name: no column is at fault
+            near = {"suggestion": error.suggestion} if error.suggestion else {}
+            message = error.problem + (f'; nearest: "{error.suggestion}"' if near else "")
+            return Problem(404, _KINDS[404], error.code, message, "model", extra=near)
         case NamingError():
-            status = 404 if isinstance(error, NotServed) else 400
             extra: dict[str, Value] = {"column": error.column, "text": error.text}
             if error.suggestion:
                 extra["suggestion"] = error.suggestion
-            return Problem(status, _KINDS[status], error.code, str(error), "model", extra=extra)
+            return Problem(400, _KINDS[400], error.code, str(error), "model", extra=extra)
         case BadRequest():
             return Problem(400, _KINDS[400], error.code, error.message)
         case Refused():

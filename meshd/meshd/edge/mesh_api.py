@@ -16,7 +16,7 @@ from meshd.edge.errors import ClientGone, RequestError, problem_of
 from meshd.edge.events_json import event_to_plain, problem_to_plain
 from meshd.edge.http import from_json, read_body, send_json, to_json
 from meshd.edge.openai_request import deadline, messages_of, privacy, sampling
-from meshd.edge.targets import Models
+from meshd.edge.targets import AUTO, Models
 from meshd.orchestrate.events import Answered, Ask, AskEvent
 from meshd_plugins.api import Failed, Operation, Value
 
@@ -57,6 +57,11 @@ class Resolve:
         names = parse_qs(query, keep_blank_values=True).get("name", [])
         if len(names) != 1:
             raise RequestError("Exactly one `name` is wanted in the query", param="name")
+        if names[0] == AUTO:
+            raise RequestError(
+                "'auto' gets its name from the question: `meshd ask -v auto QUESTION` shows it",
+                param="name",
+            )
         body = to_json(self._service.resolve(self._models.target_for(names[0])))
         await send_json(send, 200, body, context_of(scope).headers)
 

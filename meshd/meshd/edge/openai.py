@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from meshd.edge.asking import EventStream, Progress, asking, extension_of, until_gone, usage_of
 from meshd.edge.context import context_of, log_unexpected
-from meshd.edge.errors import ClientGone, RequestError, problem_of
+from meshd.edge.errors import ClientGone, problem_of
 from meshd.edge.http import from_json, read_body, send_json, to_json
 from meshd.edge.openai_request import Parsed, parse_chat, parse_completion
 from meshd.edge.targets import Models
@@ -231,12 +231,7 @@ class ModelList:
             await send_json(send, 200, to_json({"object": "list", "data": data}), headers)
             return
         if wanted not in listed:
-            raise RequestError(
-                f"The model {wanted!r} does not exist in this mesh; GET /v1/models lists what there is",
-                code="model_not_found",
-                param="model",
-                status=404,
-            )
+            raise self._models.not_found(str(wanted))
         await send_json(send, 200, to_json(self._entry(wanted, listed[wanted])), headers)
 
     def _entry(self, name: str, fields: Mapping[str, Value]) -> dict[str, Value]:

@@ -21,6 +21,8 @@ from meshd_plugins.api import Privacy, Value
 
 _STOP_MAX: Final = 16
 _MESSAGES_MAX: Final = 4096
+_DEADLINE_MAX_S: Final = 86_400.0  # what is above the node's own bound is cut to it
+_EXTENSION: Final = ("deadline_s", "privacy", "split")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,13 @@ def _parsed(payload: Mapping[str, Value], body: dict[str, Value]) -> Parsed:
         extension = dict[str, Value]()
     if not isinstance(extension, Mapping):
         raise RequestError("`meshd` must be an object", param="meshd")
+    for key in extension:  # ours alone: a misspelt `privacy` must not pass for none
+        if key not in _EXTENSION:
+            raise RequestError(
+                f"`meshd.{key[:64]}` is unknown; there are {', '.join(_EXTENSION)}",
+                param=f"meshd.{key[:64]}",
+                code="unsupported_parameter",
+            )
     return Parsed(
         model=_utf8(model, "model"),
         body=body,
@@ -99,7 +108,7 @@ def _parsed(payload: Mapping[str, Value], body: dict[str, Value]) -> Parsed:
 
 def deadline(payload: Mapping[str, Value], within: str = "") -> float | None:
     """`deadline_s` of a request, None when it names none."""
-    return _number(payload, "deadline_s", 0.001, 1e9, within)
+    return _number(payload, "deadline_s", 0.001, _DEADLINE_MAX_S, within)
 
 
 def privacy(payload: Mapping[str, Value], within: str = "") -> Privacy:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Final, Protocol, cast
 
 from meshd.edge.errors import RequestError
@@ -22,6 +23,7 @@ from meshd_plugins.api import Operation, Value
 
 AUTO: Final = "auto"
 _CATALOGUE_AGE_MAX_S: Final = 1.0
+_COMPARED_CHARS_MAX: Final = 100  # of an unknown model, with what there is
 _KINDS: Final = frozenset({"knowledge", "data", "computation"})
 _EXPRESSIBLE: Final = re.compile(r"[A-Za-z0-9\-_.:/+]{1,64}")  # as the value of a constraint
 
@@ -66,11 +68,16 @@ class Models:
             return model
         if model in self.listed():
             return f"knowledge.gpt/**?model={model}"
-        folded = model.casefold()
-        near = [known for known in self._listed if known.casefold() == folded]
-        hint = f"did you mean {near[0]!r}?" if near else "GET /v1/models lists what there is"
-        raise RequestError(
-            f"The model {model!r} does not exist in this mesh; {hint}",
+        raise self.not_found(model)
+
+    def not_found(self, model: str) -> RequestError:
+        """404 `model_not_found`, with the nearest that exists."""
+        by_folded = {known.casefold(): known for known in self.listed()}
+        near = get_close_matches(model[:_COMPARED_CHARS_MAX].casefold(), by_folded, n=1)
+        hint = f"did you mean {by_folded[near[0]]!r}? " if near else ""
+        return RequestError(
+            f"The model {model!r} does not exist in this mesh; "
+            f"{hint}`meshd caps` and GET /v1/models list what there is",
             code="model_not_found",
             param="model",
             status=404,
