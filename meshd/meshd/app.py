@@ -13,7 +13,7 @@ import re
 import secrets
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 
@@ -51,6 +51,7 @@ from meshd.shell.driver import GossipDriver
 from meshd.shell.identity import IdentityError, load_identity
 from meshd.shell.keeper import StateKeeper, load_store
 from meshd.shell.logs import configure_logs
+from meshd.shell.seeds import Seeds
 from meshd.shell.storage import Storage, StorageError
 from meshd.shell.streams import IncomingCall, PeerStreams, StreamConfig
 from meshd.shell.supervisor import ProcessSupervisor
@@ -103,7 +104,6 @@ class _Discovered:
     """Where addresses of others came from: for `meshd status`, and for the demo's last line."""
 
     mdns: set[Address]
-    seeds: tuple[Address, ...]
     remembered: tuple[Address, ...]
 
 
@@ -152,7 +152,8 @@ class Daemon:
                 await nursery.start(
                     partial(serve_edge, self._edge, self._edge_sockets, graceful_s=1.0)
                 )
-                self._join_known()
+                self._join(self._discovered.remembered)
+                nursery.start_soon(self._seeds.run)
                 if self._config.discovery.mdns:
                     nursery.start_soon(self._discovery.run)
                 nursery.start_soon(notifier.watchdog)
@@ -196,8 +197,12 @@ class Daemon:
         self._me: NodeId = self._identity.node_id
         self._storage = Storage(state_dir)
         remembered = self._storage.load_peers() if config.discovery.remember else ()
-        self._discovered = _Discovered(
-            set(), tuple(parse_seed(seed) for seed in config.discovery.seeds), remembered
+        self._discovered = _Discovered(set(), remembered)
+        self._seeds = Seeds(
+            config.discovery.seeds,
+            found=lambda address: self._join((address,)),
+            log=log,
+            resolve=partial(parse_seed, listening=config.listen.host),
         )
         interfaces = partial(multicast_interfaces, config.listen.host, config.discovery.interfaces)
         interfaces()  # a name that is wrong is told before anything is open
@@ -370,7 +375,8 @@ class Daemon:
             case SoftChanged():
                 pass
             case SelfEpochRaised():
-                self._storage.keep_epoch(event.epoch)
+                if not self._storage.try_keep_epoch(event.epoch):
+                    self._log.warning("epoch.not_kept", epoch=event.epoch)
                 self._sealer.rekey(event.epoch)
                 self._streams.raise_epoch(event.epoch)
             case _:
@@ -398,7 +404,7 @@ class Daemon:
         self._driver.post(lambda core, now_s: core.update_address(address, now_s))
         self._announcer.node(self._about_node(), {})
         self._discovery.restart(self._announcement())
-        self._join_known()
+        self._join((*self._seeds.addresses, *self._discovered.remembered))
 
     async def _serve_call(self, call: IncomingCall) -> Value:
         return await self._call_server.serve(call)
@@ -465,7 +471,7 @@ class Daemon:
                 "mdns_found": sorted(f"{host}:{port}" for host, port in self._discovered.mdns),
                 "mdns_error": discovery.last_error,
                 "other_mesh": discovery.other_mesh,
-                "seeds": [f"{host}:{port}" for host, port in self._discovered.seeds],
+                "seeds": list(self._config.discovery.seeds),
                 "remembered": [f"{host}:{port}" for host, port in self._discovered.remembered],
             },
             "workers": [asdict(worker) for worker in self._supervisor.statistics()],
@@ -494,15 +500,11 @@ class Daemon:
             text=text,
         )
 
-    def _join_known(self) -> None:
-        """Contact configured seeds and the peers of the last run."""
-        known = tuple(
-            address
-            for address in (*self._discovered.seeds, *self._discovered.remembered)
-            if address != self._address
-        )
-        if known:
-            self._driver.post(lambda core, now_s: core.join(known, now_s))
+    def _join(self, addresses: Sequence[Address]) -> None:
+        """Contact configured seeds or the peers of the last run."""
+        others = tuple(address for address in addresses if address != self._address)
+        if others:
+            self._driver.post(lambda core, now_s: core.join(others, now_s))
 
     def _say_ready(self) -> None:
         self._log.info(

@@ -208,7 +208,7 @@ class _Deadline:
         return trio.current_time() >= self.at_s
 
     def error(self) -> Failed:
-        return Failed(f"not done within {self.asked_s:.1f} s", code=DEADLINE_CODE)
+        return Failed(f"not done within {self.asked_s:g} s", code=DEADLINE_CODE)
 
 
 class _Trial:

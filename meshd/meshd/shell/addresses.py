@@ -189,15 +189,18 @@ def multicast_interfaces(host: str, interfaces: Sequence[str]) -> tuple[str, ...
     return tuple(found)
 
 
-def parse_seed(text: str) -> Address:
+def parse_seed(text: str, listening: str = LOOPBACK) -> Address:
     """`host:port` with the host resolved to its first address; blocks on DNS for a name.
+
+    A node that listens on IPv4 reaches nobody by IPv6, which resolvers tell first.
 
     Raises:
         ListenError: it does not resolve.
     """
     host, _, port = text.rpartition(":")
+    family = socket.AF_UNSPEC if ":" in listening else socket.AF_INET
     try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
+        found = socket.getaddrinfo(host.strip("[]"), int(port), family, socket.SOCK_DGRAM)
     except (OSError, ValueError) as error:
         raise ListenError(f"discovery.seeds: cannot resolve {text!r}: {error}") from error
     address = found[0][4]

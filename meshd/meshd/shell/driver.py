@@ -24,6 +24,7 @@ import trio.lowlevel
 
 from meshd.core.effects import Address, Effect, Lane, Notify, Send, StreamPing
 from meshd.core.events import Event
+from meshd.core.frames import FrameTooLarge
 from meshd.core.node import NodeCore
 from meshd.core.sealing import Dropped, Opener, Sealer
 from meshd.shell.stream_errors import StreamError
@@ -47,7 +48,7 @@ class GossipStreams(Protocol):
     """The stream lane, as the driver needs it."""
 
     async def send_gossip(self, node: NodeId | None, address: Address, payload: bytes) -> None:
-        """Deliver one message reliably; raises OSError or a stream error."""
+        """Deliver one message reliably; raises OSError, FrameTooLarge or a stream error."""
         ...
 
     async def ping(self, node: NodeId, address: Address) -> float:
@@ -253,7 +254,7 @@ class GossipDriver:
         try:
             with trio.move_on_after(STREAM_DEADLINE_S):
                 await work()
-        except (OSError, StreamError):
+        except (OSError, StreamError, FrameTooLarge):  # the peer bounds what it takes in a frame
             self.statistics.stream_failures += 1
         finally:
             self._stream_tasks -= 1

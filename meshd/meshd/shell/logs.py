@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TextIO, cast
 
 import structlog
@@ -74,6 +75,7 @@ def configure_logs(section: LogSection, node_name: str, *, stream: TextIO | None
         redact,
     ]
     render = _console(target) if console else _json()
+    target = cast("TextIO", _Forgiving(target))
     structlog.configure(
         processors=[*chain, render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -82,6 +84,21 @@ def configure_logs(section: LogSection, node_name: str, *, stream: TextIO | None
     )
     _route_standard_logging(target, level, chain, render)
     return cast("Logger", structlog.get_logger())
+
+
+class _Forgiving:
+    """Where lines go: a full disk or a reader that has gone loses lines, and ends nothing else."""
+
+    def __init__(self, target: TextIO) -> None:
+        self._target = target
+
+    def write(self, line: str) -> None:
+        with suppress(OSError, ValueError):  # ValueError: it is closed
+            self._target.write(line)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._target.flush()
 
 
 def redact(logger: WrappedLogger, method: str, event_dict: EventDict) -> EventDict:

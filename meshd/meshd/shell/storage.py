@@ -82,7 +82,7 @@ class Storage:
         return epoch
 
     def keep_epoch(self, epoch: Epoch) -> None:
-        """Write an epoch that peers made us raise.
+        """Write the epoch that the node is about to speak under.
 
         Raises:
             StorageError: the disk refused; the former epoch is still there.
@@ -94,6 +94,14 @@ class Storage:
                 f"cannot write to the state folder {self._folder}: {error.strerror}; "
                 "free some space, or make it writable for the user that runs meshd"
             ) from error
+
+    def try_keep_epoch(self, epoch: Epoch) -> bool:
+        """Write a raised epoch while the node runs; False when the disk refused (counted).
+
+        Nothing is lost for good: the next snapshot holds the epoch too, and whoever raised it, raises it
+        again.
+        """
+        return self._try_replace(EPOCH_FILE, str(epoch).encode())
 
     def load_snapshot(self) -> bytes | None:
         """The store's last snapshot, None when there is none or it cannot be read."""
