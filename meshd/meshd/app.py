@@ -25,6 +25,7 @@ from meshd.config.gossip import gossip_config
 from meshd.core.effects import Address
 from meshd.core.events import Event, RecordChanged, SelfEpochRaised, SoftChanged
 from meshd.core.membership import LocalNode, MemberState
+from meshd.core.mux import MuxConfig
 from meshd.core.node import NodeCore
 from meshd.core.scheduler import ExpectedTimePolicy, Scheduler, SchedulerConfig
 from meshd.core.sealing import Opener, Sealer, mesh_tag
@@ -240,7 +241,7 @@ class Daemon:
         self._opener = Opener((key,), mesh_id, self._me)
         self._streams = PeerStreams(
             self._identity,
-            StreamConfig(),
+            StreamConfig(mux=MuxConfig(frame_bytes_max=config.limits.request_bytes_max)),
             epoch=self._store.epoch,
             handler=self._serve_call,
             on_gossip=self._gossip_from_stream,

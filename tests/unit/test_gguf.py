@@ -1,4 +1,5 @@
 import ctypes
+import hashlib
 import importlib.util
 import io
 import struct
@@ -204,3 +205,11 @@ def test_the_demo_model() -> None:
         "Q4_1",
         8192,
     )
+
+
+def test_a_digest_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"weights")
+    nowhere = tmp_path / "file"
+    nowhere.write_text("in the way of the cache's folder")
+    assert file_digest(model, nowhere) == hashlib.sha256(b"weights").hexdigest()

@@ -237,8 +237,8 @@ class LimitsSection:
         default=4_194_304,
         metadata=about(
             "Bytes of one request from a peer. Raising it costs memory for each request in flight.",
-            minimum=1024,
-            maximum=67_108_864,
+            minimum=4096,
+            maximum=4_194_304,
         ),
     )
     requests_max: int = field(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -86,7 +87,9 @@ def compatibility_key(digest: str, build: str) -> str:
 
 
 def file_digest(path: Path, state_dir: Path) -> str:
-    """Return the SHA-256 of a file, from the cache when size and time are as before. Raises OSError.
+    """Return the SHA-256 of a file, from the cache when size and time are as before.
+
+    Raises OSError when the file cannot be read. A cache that cannot be written costs only time.
 
     Reads the whole file: gigabytes for some models. Run it in a thread.
     """
@@ -104,8 +107,9 @@ def file_digest(path: Path, state_dir: Path) -> str:
     while len(cache) > DIGESTS_MAX:
         del cache[next(iter(cache))]
     temporary = cache_file.with_suffix(f".{os.getpid()}.new")
-    temporary.write_text(json.dumps(cache, indent=1))
-    temporary.replace(cache_file)
+    with suppress(OSError):
+        temporary.write_text(json.dumps(cache, indent=1))
+        temporary.replace(cache_file)
     return digest
 
 
