@@ -1,6 +1,6 @@
 """Time of one resolution: 100 nodes, 500 capabilities; p50 and p99 in microseconds.
 
-Run: python tests/bench/bench_resolve.py [ROUNDS]
+Run: python -m tests.bench.bench_resolve [ROUNDS]
 
 `hundred holders` is the hard case: one name served by every node, so that each resolution looks at a
 hundred member states and returns a hundred candidates. `first time` is the cost after the index changed.

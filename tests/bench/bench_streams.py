@@ -1,6 +1,6 @@
 """Figures of the peer streams: two processes on loopback, real TLS, an echo handler.
 
-Run it with `python tests/bench/bench_streams.py [SECONDS]`; it prints calls a second and latencies with 1
+Run it with `python -m tests.bench.bench_streams [SECONDS]`; it prints calls a second and latencies with 1
 and with 32 calls in flight, and the throughput of one long answer.
 """
 
