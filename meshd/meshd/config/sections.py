@@ -244,7 +244,8 @@ class LimitsSection:
     requests_max: int = field(
         default=256,
         metadata=about(
-            "Requests in flight in this daemon, its own and those of peers.",
+            "Asks of this node's own clients in flight; further ones are refused. Calls of peers are"
+            " bounded for each connection, at 256.",
             minimum=1,
             maximum=65_536,
         ),

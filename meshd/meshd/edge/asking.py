@@ -199,10 +199,6 @@ class Progress:
         text = "".join(c if " " <= c <= "~" else "?" for c in self.served_by())
         return (b"x-meshd-served-by", text.encode("ascii"))
 
-    def elapsed_s(self) -> float:
-        """Since the ask began."""
-        return trio.current_time() - self._started_s
-
     def _decoded(self, piece: Piece) -> str:
         self._content_type = self._content_type or piece.content_type
         kind = self._content_type.partition(";")[0].strip().lower()

@@ -12,7 +12,7 @@ from meshd.core.membership import MemberView
 from meshd.orchestrate.catalogue import Catalogue
 from meshd.orchestrate.events import Answered, Ask, AskEvent, Piece, Routed
 from meshd.orchestrate.executor import Executor
-from meshd.orchestrate.planner import plan
+from meshd.orchestrate.planner import AUTO, plan
 from meshd.orchestrate.service import Take
 from meshd_cms import node_id_text
 from meshd_naming import NamingError, ResolveOptions
@@ -70,7 +70,9 @@ class Mesh:
                 raise Refused("this node is stopping", code="draining")
             if self._asks > self._requests_max:
                 raise Refused(f"{self._requests_max} requests are in flight here", code="busy")
-            planned = plan(ask, self._catalogue.data_names())
+            # Looked up only where they are read: it takes a walk through the whole catalogue.
+            data_names = self._catalogue.data_names() if ask.target == AUTO else ()
+            planned = plan(ask, data_names)
             await self._executor.run(ask, planned, line.take)
             if line.answered is None:
                 raise Failed("the plan ended without an answer", code="internal")
