@@ -13,7 +13,7 @@ from meshd.core.effects import Address, Effect, Lane, Send
 from meshd.core.frames import FrameTooLarge
 from meshd.core.node import NodeCore
 from meshd.core.sealing import Opener, Sealer
-from meshd.shell.driver import GossipDriver, open_datagram_socket
+from meshd.shell.driver import GossipDriver, Witnessing, open_datagram_socket
 from meshd.shell.stream_errors import StreamError
 from meshd_cms import NodeId
 
@@ -55,6 +55,7 @@ def survives(error: Exception) -> int:
         sealer=cast("Sealer", None),
         opener=cast("Opener", None),
         streams=streams,
+        witness=cast("Witnessing", None),
         notify=lambda event: None,
         log=KeptLog(),
     )

@@ -70,6 +70,15 @@ class Bench:
         for number in numbers:
             self.tell([Claim(claim(number), merged=False)], peer=number)
 
+    def bury(self, number: int, incarnation: int = 0) -> tuple[Effect, ...]:
+        """Two others, 61 and 62, tell that it is dead; they need not be members."""
+        self.meet(61, 62)
+        for accuser in (61, 62):
+            told = claim(number, MemberState.SUSPECT, incarnation, accuser=accuser)
+            self.tell([Claim(told, merged=False)], peer=accuser)
+        dead = claim(number, MemberState.DEAD, incarnation, accuser=61)
+        return self.tell([Claim(dead, merged=False)], peer=61)
+
     def run(self, for_s: float) -> list[tuple[float, Effect]]:
         """Let time pass with nobody answering."""
         seen: list[tuple[float, Effect]] = []

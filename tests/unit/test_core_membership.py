@@ -99,7 +99,8 @@ def test_the_same_claims_in_any_order_any_number_of_times_end_in_the_same_belief
 
 def test_only_distinct_accusers_confirm() -> None:
     members = table()
-    members.accept(claim(1), 0.0)
+    for number in (1, 3):
+        members.accept(claim(number), 0.0)
     members.accept(claim(1, SUSPECT, accuser=2), 0.0)
     again = members.accept(claim(1, SUSPECT, accuser=2), 0.0)
     another = members.accept(claim(1, SUSPECT, accuser=3), 0.0)

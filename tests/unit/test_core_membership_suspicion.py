@@ -17,7 +17,7 @@ NO_FLOOR = replace(lan(), death_floor_s=0.0)
 
 
 def test_timeout_shrinks_from_tmax_to_tmin_as_confirmations_arrive() -> None:
-    least_s = NO_FLOOR.suspicion_multiplier * 2 * NO_FLOOR.probe_interval_s  # log10 100 = 2
+    least_s = NO_FLOOR.suspicion_multiplier * 2 * NO_FLOOR.probe_deadline_s  # log10 100 = 2
     times_s = [suspicion_timeout_s(NO_FLOOR, 100, count, 1) for count in range(5)]
     assert times_s[0] == pytest.approx(NO_FLOOR.suspicion_max_multiplier * least_s)
     assert times_s[1] == pytest.approx(6 * least_s - 5 * least_s * math.log(2) / math.log(4))
@@ -31,7 +31,9 @@ def test_nobody_to_confirm_means_tmin() -> None:
 
 def test_ill_health_stretches_the_timeout() -> None:
     well_s = suspicion_timeout_s(NO_FLOOR, 10, 0, 1)
-    assert suspicion_timeout_s(NO_FLOOR, 10, 0, 4) == pytest.approx(4 * well_s)
+    assert suspicion_timeout_s(NO_FLOOR, 10, 0, 2) == pytest.approx(2 * well_s)
+    most = NO_FLOOR.suspicion_health_max + 1
+    assert suspicion_timeout_s(NO_FLOOR, 10, 0, 9) == pytest.approx(most * well_s)
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

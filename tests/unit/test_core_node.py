@@ -22,7 +22,7 @@ from tests.unit.support_core import (
 
 from meshd.core.config import PRESETS, lan, local
 from meshd.core.dissemination import sends_for
-from meshd.core.effects import Lane, Send, StreamPing
+from meshd.core.effects import Knock, Lane, Send, StreamPing, Unwatch, Watch
 from meshd.core.events import (
     AddressContested,
     MemberAlive,
@@ -37,7 +37,7 @@ from meshd.core.events import (
     SelfEpochRaised,
     SoftChanged,
 )
-from meshd.core.membership import LocalNode, MemberState
+from meshd.core.membership import LocalNode, MemberState, Update
 from meshd.core.node import NodeCore
 from meshd.core.repair import FIRST_ID, LAST_ID
 from meshd.core.soft_lane import is_significant
@@ -142,21 +142,29 @@ def test_a_new_address_is_announced_in_a_new_incarnation() -> None:
 
 def test_the_life_of_a_member_as_events() -> None:
     node = bench()
+    node.meet(61, 62)
     seen: list[type[object]] = []
-    for state, incarnation in (
-        (ALIVE, 0),
-        (SUSPECT, 0),
-        (ALIVE, 1),
-        (DEAD, 1),
-        (ALIVE, 2),
-        (LEFT, 2),
+    for state, incarnation, speakers in (
+        (ALIVE, 0, (1,)),
+        (SUSPECT, 0, (61, 62)),
+        (ALIVE, 1, (1,)),
+        (SUSPECT, 1, (61, 62)),
+        (DEAD, 1, (61,)),
+        (ALIVE, 2, (1,)),
+        (LEFT, 2, (2,)),
     ):
-        told = node.tell([Claim(claim(2, state, incarnation), merged=False)], peer=1)
-        seen += [type(event) for event in events_in(told)]
+        for speaker in speakers:
+            one = claim(2, state, incarnation, accuser=speaker)
+            seen += [
+                type(event)
+                for event in events_in(node.tell([Claim(one, merged=False)], peer=speaker))
+                if getattr(event, "node", None) == node_id(2)
+            ]
     assert seen == [
         MemberJoined,
         MemberSuspected,
         MemberAlive,
+        MemberSuspected,
         MemberFailed,
         MemberJoined,
         MemberLeft,
@@ -172,10 +180,93 @@ def test_a_death_out_of_a_table_is_only_a_suspicion_and_confirms_none() -> None:
     assert "claims_confirmed" not in node.core.statistics()
 
 
+def test_a_death_from_one_mouth_is_a_suspicion_that_is_looked_into_and_from_two_is_believed() -> (
+    None
+):
+    node = bench()
+    node.meet(1, 2, 3)
+    for _ in range(3):
+        told = node.tell([Claim(claim(3, DEAD, accuser=1), merged=False)], peer=1)
+    assert node.state(3) is SUSPECT
+    assert not [m for m in messages_in(told) if isinstance(m, Claim) and m.update.state is DEAD]
+    assert node.core.statistics()["probes"] == 1
+    node.tell([Claim(claim(3, DEAD, accuser=2), merged=False)], peer=2)
+    assert node.state(3) is DEAD
+
+
+def test_a_leave_told_by_another_removes_nobody_and_by_itself_does() -> None:
+    node = bench()
+    node.meet(1, 2)
+    for _ in range(3):
+        node.tell([Claim(claim(2, LEFT), merged=False)], peer=1)
+        node.tell([Claim(claim(2, LEFT), merged=True)], peer=1)
+    assert node.state(2) is SUSPECT
+    node.tell([Claim(claim(2, LEFT), merged=False)], peer=2)
+    assert node.state(2) is LEFT
+
+
+def test_an_accuser_who_is_refuted_again_and_again_is_not_listened_to_and_named() -> None:
+    node = bench(replace(lan(), accusations_max=5))
+    node.meet(1, 2, 3)
+    for incarnation in range(10):
+        accused = claim(3, SUSPECT, incarnation, accuser=1)
+        node.tell([Claim(accused, merged=False)], peer=1)
+        node.tell([Claim(claim(3, ALIVE, incarnation + 1), merged=False)], peer=3)
+    assert node.core.statistics()["accusations_ignored"] == 4
+    assert node.core.offences()[node_id(1)] == {"accusations_refuted": 1}
+    node.tell([Claim(claim(3, SUSPECT, 10, accuser=2), merged=False)], peer=2)
+    assert node.state(3) is SUSPECT  # others are
+
+
+def test_an_accusation_in_our_name_that_we_never_made_is_dropped_and_its_teller_named() -> None:
+    node = bench()
+    node.meet(1, 3)
+    forged = replace(claim(3, SUSPECT), accuser=node.store.owner)
+    node.tell([Claim(forged, merged=False)], peer=1)
+    assert node.state(3) is ALIVE
+    assert node.core.offences()[node_id(1)] == {"claims_forged": 1}
+
+
+def test_what_no_clock_can_have_begun_is_believed_from_nobody_but_the_node_itself() -> None:
+    node = bench()
+    node.meet(1, 3)
+    for epoch, incarnation in ((2**47 + 1, 0), (10, 2**31 + 1)):
+        absurd = claim(3, ALIVE, incarnation, epoch=epoch)
+        node.tell([Claim(absurd, merged=False)], peer=1)
+    view = node.core.member(node_id(3))
+    assert view is not None
+    assert (view.epoch, view.incarnation) == (10, 0)
+    assert node.core.offences()[node_id(1)] == {"epoch_absurd": 2}
+
+
+def test_an_incarnation_of_ours_beyond_all_measure_ends_in_a_new_epoch_not_in_silence() -> None:
+    node = bench()
+    node.meet(1)
+    node.now_s = 2.0
+    me = node.store.owner
+    told = Update(me, SUSPECT, node.store.epoch, 2**63 - 1, "me", ME_ADDRESS, node_id(1))
+    before = node.store.epoch
+    node.tell([Claim(told, merged=False)], peer=1)
+    own = node.core.member(me)
+    assert own is not None
+    assert own.epoch > before
+    assert own.incarnation == 0
+
+
+def test_who_has_been_gone_longest_makes_room_for_who_comes() -> None:
+    node = bench(replace(lan(), members_max=3))
+    node.meet(1, 2, 3)
+    node.tell([Claim(claim(1, LEFT), merged=False)], peer=1)
+    node.meet(4)
+    node.meet(4)
+    assert node.state(1) is None
+    assert node.state(4) is ALIVE
+
+
 def test_a_dead_member_that_speaks_is_told_so() -> None:
     node = bench()
     node.meet(1)
-    node.tell([Claim(claim(1, DEAD), merged=False)], peer=2)
+    node.bury(1)
     told = messages_in(node.tell([Nack(1)], peer=1), address(1))
     assert [one.update.state for one in told if isinstance(one, Claim)] == [DEAD]
 
@@ -270,8 +361,8 @@ def test_silence_is_answered_by_indirect_probes_a_stream_ping_and_suspicion_then
     suspected_s = next(at for at, kind in events if kind is MemberSuspected)
     failed_s = next(at for at, kind in events if kind is MemberFailed)
     assert streams[0] == pytest.approx(pings[0] + lan().probe_timeout_s)
-    assert suspected_s == pytest.approx(pings[0] + lan().probe_interval_s)
-    assert failed_s - suspected_s >= lan().death_floor_s
+    assert suspected_s == pytest.approx(pings[0] + lan().probe_deadline_s)
+    assert failed_s - pings[0] == pytest.approx(lan().death_floor_s)
 
 
 def test_a_stream_answer_saves_from_suspicion() -> None:
@@ -298,14 +389,14 @@ def test_a_missing_nack_is_our_own_ill_health_and_a_nack_is_not() -> None:
         for ping in others:
             node.tell([Ack(ping.sequence, node_id(1), BEAT)])
         before = node.core.statistics()["local_health"]
-        node.run(lan().probe_interval_s - 0.45 + 0.01)
+        node.run(lan().probe_deadline_s - 0.45 + 0.01)
         assert node.core.statistics()["local_health"] - before == expected
 
 
 def test_the_dead_are_tried_now_and_then_and_told_of_their_death() -> None:
     node = bench()
     node.meet(1)
-    node.tell([Claim(claim(1, DEAD), merged=False)])
+    node.bury(1)
     seen = node.run(10.0)
     tries = [messages_in([e], address(1)) for _, e in seen if isinstance(e, Send)]
     pings = [one for one in tries if any(isinstance(m, Ping) for m in one)]
@@ -316,7 +407,7 @@ def test_the_dead_are_tried_now_and_then_and_told_of_their_death() -> None:
 def test_one_who_comes_back_from_the_dead_is_compared_with_at_once() -> None:
     node = bench()
     node.meet(1)
-    node.tell([Claim(claim(1, DEAD), merged=False)])
+    node.bury(1)
     told = messages_in(node.tell([Claim(claim(1, ALIVE, 1), merged=False)]), address(1))
     assert any(isinstance(one, View) for one in told)
     assert any(isinstance(one, Digest) for one in told)
@@ -343,28 +434,104 @@ def test_a_helper_probes_relays_the_ack_or_says_nack() -> None:
     assert [(one.sequence, one.subject) for one in relayed] == [(5, node_id(2))]
 
 
-def test_refusal_by_datagram_and_stream_is_death_after_a_short_time() -> None:
+def test_the_end_of_a_witness_stream_and_a_refused_knock_accuse_with_evidence() -> None:
     node = bench()
     node.meet(1, 2)
-    effects = node.core.evidence_refused(address(1), 0.0)
+    effects = node.core.watch_ended(node_id(1), 10, True, 0.0)
+    knock = next(effect for effect in effects if isinstance(effect, Knock))
+    assert knock.to == address(1)
+    assert events_in(effects) == []  # nobody is accused before we have looked
+    effects = node.core.knocked(knock.token, True, 0.01)
     assert [type(event) for event in events_in(effects)] == [MemberSuspected]
-    token = next(effect.token for effect in effects if isinstance(effect, StreamPing))
-    node.core.stream_pinged(token, False, 0.01)
+    seen = node.run(0.02)
+    told = [m for _, e in seen for m in messages_in([e], address(2)) if isinstance(m, Claim)]
+    assert [(one.update.state, one.update.evidence) for one in told][:1] == [(SUSPECT, True)]
+
+
+def test_two_accusers_with_evidence_are_death_after_a_short_time_and_one_is_not() -> None:
+    def failed_s(accusers: int) -> list[float]:
+        node = bench()
+        node.meet(1, 2, 3)
+        for accuser in (2, 3)[:accusers]:
+            told = replace(claim(1, SUSPECT, accuser=accuser), evidence=True)
+            node.tell([Claim(told, merged=False)], peer=accuser)
+        events = [(at, event) for at, e in node.run(1.0) for event in events_in([e])]
+        return [at for at, event in events if isinstance(event, MemberFailed)]
+
+    assert failed_s(2) == [pytest.approx(lan().evidence_death_s)]
+    assert failed_s(1) == []
+
+
+def test_in_a_mesh_of_two_our_own_evidence_is_enough() -> None:
+    node = bench()
+    node.meet(1)
+    effects = node.core.evidence_refused(address(1), 0.0)
+    token = next(effect.token for effect in effects if isinstance(effect, Knock))
+    node.core.knocked(token, True, 0.01)
     seen = node.run(lan().evidence_death_s + 0.02)
     failed = [at for at, effect in seen for e in events_in([effect]) if isinstance(e, MemberFailed)]
     assert failed == [pytest.approx(0.01 + lan().evidence_death_s)]
 
 
-def test_refusal_of_the_datagram_alone_kills_nobody_early_and_can_be_refuted() -> None:
+def test_evidence_can_be_refuted_all_the_time() -> None:
+    node = bench()
+    node.meet(1, 2, 3)
+    for accuser in (2, 3):
+        told = replace(claim(1, SUSPECT, accuser=accuser), evidence=True)
+        node.tell([Claim(told, merged=False)], peer=accuser)
+    node.run(lan().evidence_death_s - 0.01)
+    node.tell([Claim(claim(1, ALIVE, 1), merged=False)], peer=1)
+    node.run(1.0)
+    assert node.state(1) is ALIVE
+
+
+def test_a_refused_datagram_where_somebody_listens_is_only_a_reason_to_probe() -> None:
     node = bench()
     node.meet(1)
     effects = node.core.evidence_refused(address(1), 0.0)
-    token = next(effect.token for effect in effects if isinstance(effect, StreamPing))
-    node.core.stream_pinged(token, True, 0.01)
-    node.run(2.0)
-    assert node.state(1) is SUSPECT
-    node.tell([Claim(claim(1, ALIVE, 1), merged=False)])
+    token = next(effect.token for effect in effects if isinstance(effect, Knock))
+    effects = node.core.knocked(token, False, 0.01)
+    assert any(isinstance(m, Ping) for m in messages_in(effects, address(1)))
     assert node.state(1) is ALIVE
+
+
+def test_forged_refusals_make_few_knocks() -> None:
+    node = bench()
+    node.meet(1)
+    knocks = 0
+    for step in range(1000):
+        effects = node.core.evidence_refused(address(1), step / 1000)
+        for effect in effects:
+            if isinstance(effect, Knock):
+                knocks += 1
+                node.core.knocked(effect.token, False, step / 1000)
+    assert knocks == pytest.approx(1.0 / lan().knock_gap_s, abs=2)
+
+
+def test_the_end_of_an_earlier_lifes_stream_says_nothing_of_the_later() -> None:
+    node = bench()
+    node.meet(1)
+    assert node.core.watch_ended(node_id(1), 9, True, 0.0) == ()
+
+
+def test_a_few_peers_are_watched_and_those_who_leave_are_replaced() -> None:
+    node = bench()
+    node.meet(*range(1, 9))
+    first = [e.node for _, e in node.run(2.0) if isinstance(e, Watch)]
+    assert len(first) == lan().witness_streams
+    gone = next(number for number in range(1, 9) if node_id(number) == first[0])
+    node.tell([Claim(claim(gone, LEFT), merged=False)], peer=gone)
+    later = [e.node for _, e in node.run(2.0) if isinstance(e, Watch)]
+    assert len(later) == 1
+    assert later[0] not in first
+
+
+def test_who_leaves_says_goodbye_on_all_witness_streams() -> None:
+    node = bench()
+    node.meet(1, 2)
+    node.run(2.0)
+    effects = node.core.leave(node.now_s)
+    assert {e.node for e in effects if isinstance(e, Unwatch)} == {node_id(1), node_id(2)}
 
 
 def test_a_stall_of_our_own_accuses_nobody() -> None:

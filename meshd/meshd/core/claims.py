@@ -2,15 +2,27 @@
 
 `membership.Members` decides which claim wins; this module acts on it. It is the only place where our own
 incarnation and epoch rise.
+
+What one member alone can do to another by accusing it is bounded:
+
+* a death, or a leave that the member did not tell itself, is a suspicion by who told it; it is believed when
+  somebody else accuses that member too. So a liar can make others suspect, and the subject refutes.
+* two accusers with evidence, or one where no other could have it, leave the accused `evidence_death_s`.
+* an accusation that is refuted costs its accuser credit; who has none left is not listened to for a while.
+* claims about the life of another that no clock can have begun, or with an incarnation near the end of the
+  numbers, are refused unless they come from that node itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import assert_never
+from dataclasses import replace
+from typing import Final, assert_never
 
 from meshd.core.context import Context, Peer
+from meshd.core.credit import Credit
 from meshd.core.dissemination import Rumours
+from meshd.core.effects import Unwatch
 from meshd.core.events import (
     AddressContested,
     MemberAlive,
@@ -31,11 +43,25 @@ from meshd.core.membership import (
     Update,
     Verdict,
 )
+from meshd.core.offences import Offence
 from meshd.core.probes import Prober
 from meshd.core.soft_lane import SoftLane
 from meshd.core.suspicion import Suspicions
-from meshd.core.wire import Claim, Join, Message, Ping, Record, View
+from meshd.core.wire import Claim, Message, Record, View
 from meshd_cms.types import RUMOUR_BYTES_MAX, Epoch, NodeId, Version
+
+EPOCH_TOLD_MAX: Final = 2**47
+"""Unix milliseconds of the year 6429: the latest life of another that a member is believed to have seen."""
+
+INCARNATION_TOLD_MAX: Final = 2**31
+"""An incarnation that no node reaches by refuting: above it, a node takes a new epoch instead."""
+
+
+_WITNESSES_NEEDED: Final = 2
+_EPOCH_GAP_S: Final = (
+    1.0  # between epochs of ours: each is a write to disk and a record signed anew
+)
+_REFUTE_GAP_S: Final = 0.1  # between answers to an accuser who has no credit left
 
 
 def _nothing(_: Member) -> None:
@@ -51,11 +77,16 @@ class Claims:
         self._prober = prober
         self._soft = soft
         self._suspicions = Suspicions(context.config, context.timers, self._expired)
+        self._credit = Credit(context.config.accusations_max)
+        self._refuted_s = float("-inf")  # when we last refuted
+        self._raised_s = float("-inf")  # when we last took a higher epoch
+        self._ours: dict[tuple[NodeId, Epoch], None] = {}  # lives that we accused ourselves
         self._contested_s: dict[NodeId, float] = {}  # when a loser of an address was last accused
         self._orphans: dict[NodeId, float] = {}  # owner -> since when it is not listed
         self.newcomer: Callable[[Member], None] = _nothing  # a life that was not known of
         self.came_back: Callable[[Member], None] = _nothing  # a dead member is alive again
         self.alone: Callable[[], None] = lambda: None  # the last live member went
+        self.changed: Callable[[], None] = lambda: None  # who lives, or where
 
     # -- who speaks -------------------------------------------------------------------------------------
 
@@ -81,13 +112,17 @@ class Claims:
             context.send(peer, [Claim(last, merged=False)])
             return False
         member = context.members.get(sender)
-        if member is not None and member.state is MemberState.ALIVE:
+        if member is not None:
             member.heard_s = context.now_s
-            return True
+            if member.state is MemberState.ALIVE:
+                return True
         if last.state is MemberState.LEFT:
+            # Late words of one who went, or a leave that it never told: it says which, once it hears of it.
             context.count("dropped_left")
-            if any(isinstance(one, Ping | Join) for one in messages):
-                context.send(peer, [Claim(last, merged=False)])
+            context.send(peer, [Claim(last, merged=False)])
+            for one in messages:  # whoever brings it, what is believed of ourselves must not go unanswered
+                if isinstance(one, Claim) and one.update.node == context.me.node:
+                    self.on_claim(one, sender, peer)
             return False
         # Suspected, dead or buried, and yet it speaks: tell it, so that it can refute.
         context.send(peer, [Claim(last, merged=False)])
@@ -98,36 +133,42 @@ class Claims:
     def on_claim(self, claim: Claim, sender: NodeId, peer: Peer) -> None:
         """A claim, by rumour or out of a peer's table."""
         context, update = self._context, claim.update
+        if self._is_absurd(update, sender):
+            context.offend(sender, Offence.EPOCH_ABSURD)
+            return
         if update.node == context.me.node:
             self._on_own(update, peer)
             return
-        if claim.merged and update.state is MemberState.DEAD:
-            # Death is declared by who waited for it; out of a table it is only a reason to ask.
-            update = Update(
-                update.node,
-                MemberState.SUSPECT,
-                update.epoch,
-                update.incarnation,
-                update.name,
-                update.address,
-                sender,
-            )
         held = context.members.get(update.node)
-        if claim.merged and held is not None and held.update.precedence == update.precedence:
-            return  # a merge confirms no suspicion
-        self._apply(update, claim, sender)
+        if claim.merged:
+            self._merge(update, held, sender)
+            return
+        if update.state is not MemberState.ALIVE and update.node != sender:
+            if self._is_forged(update):
+                context.offend(sender, Offence.CLAIMS_FORGED)
+                return
+            for speaker in (update.accuser, sender):
+                if self._credit.is_spent(speaker, context.now_s):
+                    context.count("accusations_ignored")
+                    return
+        if self._is_credible(held, update, sender):
+            self._apply(update, claim, sender)
+        else:
+            context.count("ends_doubted")
+            self._doubt(update, sender, evidence=update.state is MemberState.DEAD)
 
-    def accuse(self, member: Member) -> None:
+    def accuse(self, member: Member, *, silent_s: float = 0.0, evidence: bool = False) -> None:
         """We ourselves have a reason to suspect a live member."""
-        held = member.update
         context = self._context
         context.count("suspicions_raised")
-        self._apply(_with(held, MemberState.SUSPECT, context.me.node), None, None)
-
-    def hasten(self, member: Member) -> None:
-        """There is hard evidence against a suspect."""
-        config = self._context.config
-        self._suspicions.hasten(member.node, config.evidence_death_s, self._context.now_s)
+        update = replace(
+            member.update,
+            state=MemberState.SUSPECT,
+            accuser=context.me.node,
+            evidence=evidence,
+        )
+        self._note_ours(update)
+        self._apply(update, None, None, silent_s=silent_s)
 
     def announce(self, incarnation: int) -> None:
         """Tell everybody that we are alive, in this incarnation."""
@@ -139,8 +180,12 @@ class Claims:
     def learn_own_epoch(self, seen: Epoch) -> None:
         """Somebody remembers a life of ours as high as this one or higher: rise above it."""
         context = self._context
+        if context.now_s - self._raised_s < _EPOCH_GAP_S:
+            context.count("epochs_put_off")  # whoever believes it says it again
+            return
         if not context.store.learn_epoch(seen):
             return
+        self._raised_s = context.now_s
         context.count("epochs_learnt")
         context.incarnation = 0
         context.notify(SelfEpochRaised(context.store.epoch))
@@ -160,9 +205,7 @@ class Claims:
                 MemberState.LEFT: config.left_keep_s,
             }[member.state]
             if keep_s is not None and context.now_s - member.since_s >= keep_s:
-                update = context.members.bury(member.node, context.now_s)
-                self._drop_record(update.node)
-                context.notify(MemberForgotten(update.node, update.name, update.address))
+                self._forget(member)
         context.members.expire_graveyard(context.now_s)
         self._forget_orphans()
 
@@ -180,46 +223,144 @@ class Claims:
         elif update.incarnation < own.incarnation:
             if update.state is not MemberState.ALIVE:
                 context.send(peer, [Claim(own, merged=False)])
+        elif update.incarnation >= INCARNATION_TOLD_MAX:
+            self.learn_own_epoch(Epoch(update.epoch + 1))
         elif update.state is not MemberState.ALIVE or update.incarnation > own.incarnation:
-            context.count("refutations")
-            context.health.worse()
-            self.announce(update.incarnation + 1)
-            context.send(peer, [Claim(context.own_update(), merged=False)])
+            self._refute(update, peer)
 
-    def _apply(self, update: Update, claim: Claim | None, sender: NodeId | None) -> None:
+    def _refute(self, update: Update, peer: Peer) -> None:
+        """Somebody believes ill of us: take a higher incarnation, and say so."""
+        context = self._context
+        if self._credit.is_spent(update.accuser, context.now_s):
+            if context.now_s - self._refuted_s < _REFUTE_GAP_S:
+                context.count("refutations_put_off")
+                return
+        else:
+            context.health.worse()
+        context.count("refutations")
+        self._refuted_s = context.now_s
+        self._charge(update.accuser)
+        self.announce(update.incarnation + 1)
+        context.send(peer, [Claim(context.own_update(), merged=False)])
+
+    def _charge(self, accuser: NodeId) -> None:
+        """Somebody accused a node that is there."""
+        context = self._context
+        if accuser == context.me.node:
+            return
+        self._credit.charge(accuser, context.now_s)
+        if self._credit.is_spent(accuser, context.now_s):
+            context.offend(accuser, Offence.ACCUSATIONS_REFUTED)
+
+    def _is_absurd(self, update: Update, sender: NodeId) -> bool:
+        """Whether it tells of another what only that node itself could know to be true."""
+        if update.node == sender:
+            return False
+        # Too high an incarnation of ours is no loss: a new epoch begins at 0.
+        ours = update.node == self._context.me.node
+        return update.epoch > EPOCH_TOLD_MAX or (
+            update.incarnation > INCARNATION_TOLD_MAX and not ours
+        )
+
+    def _note_ours(self, update: Update) -> None:
+        self._ours[update.node, update.epoch] = None
+        if len(self._ours) > self._context.config.members_max:
+            del self._ours[next(iter(self._ours))]
+
+    def _is_forged(self, update: Update) -> bool:
+        """Whether it is an accusation in our name that we never made."""
+        ours = update.accuser == self._context.me.node
+        return ours and (update.node, update.epoch) not in self._ours
+
+    def _is_credible(self, held: Member | None, update: Update, sender: NodeId) -> bool:
+        """Whether the end of a member, dead or left, is believed from this mouth."""
+        if update.state.is_live or update.node == sender:
+            return True
+        if held is None or not held.is_live or update.precedence <= held.update.precedence:
+            return True  # nobody's life here hangs on it
+        if held.state is MemberState.ALIVE:
+            return False
+        return any(accuser not in (sender, update.accuser) for accuser in held.accusers)
+
+    def _merge(self, update: Update, held: Member | None, sender: NodeId) -> None:
+        """Out of a peer's table: good news is taken, bad news is only a reason to ask."""
+        if update.state is MemberState.DEAD or not self._is_credible(held, update, sender):
+            update = replace(update, state=MemberState.SUSPECT, accuser=sender)
+        if held is not None and held.update.precedence == update.precedence:
+            return  # a merge confirms no suspicion
+        if update.state is MemberState.SUSPECT:
+            self._doubt(update, sender, evidence=False)
+        else:
+            self._apply(update, None, sender)
+
+    def _doubt(self, update: Update, sender: NodeId, *, evidence: bool) -> None:
+        """An end that is not believed yet: suspect the member here, and ask it, with the suspicion first."""
+        update = replace(update, state=MemberState.SUSPECT, accuser=sender, evidence=evidence)
+        self._apply(update, None, sender, spread=False)
+        member = self._context.members.get(update.node)
+        if member is not None and member.state is MemberState.SUSPECT:
+            self._prober.probe(member)
+
+    def _apply(
+        self,
+        update: Update,
+        claim: Claim | None,
+        sender: NodeId | None,
+        *,
+        silent_s: float = 0.0,
+        spread: bool = True,
+    ) -> None:
         context = self._context
         contested = context.members.at_address(update.address)
+        held = context.members.get(update.node)
+        accusers = () if held is None else tuple(held.accusers)
         transition = context.members.accept(update, context.now_s)
         context.count(f"claims_{transition.verdict.value}")
         match transition.verdict:
             case Verdict.ACCEPTED:
-                self._accepted(transition, sender)
+                if update.state is MemberState.ALIVE and held is not None:
+                    for accuser in accusers:
+                        self._charge(accuser)
+                if spread:
+                    self._rumours.start(Claim(update, merged=False), sender)
+                self._accepted(transition, silent_s)
                 self._contest(transition, contested)
             case Verdict.CONFIRMED:
-                member = transition.member
-                assert member is not None
-                self._suspicions.confirm(
-                    member.node,
-                    context.members.live_count(),
-                    len(member.accusers) - 1,
-                    context.now_s,
-                )
-                self._rumours.start(Claim(update, merged=False), sender)
+                assert held is not None
+                nodes = context.members.live_count()
+                confirmations = len(held.accusers) - 1
+                self._suspicions.confirm(held.node, nodes, confirmations, context.now_s)
+                self._weigh(held)
+                if spread:
+                    self._rumours.start(Claim(update, merged=False), sender)
             case Verdict.STALE:
-                if claim is not None and sender is not None and not claim.merged:
+                if claim is not None and sender is not None:
                     self._rumours.heard(claim, sender)
-            case Verdict.GHOST | Verdict.UNKNOWN | Verdict.FULL:
+            case Verdict.FULL:
+                self._make_room()
+            case Verdict.GHOST | Verdict.UNKNOWN:
                 pass
             case _:
                 assert_never(transition.verdict)
 
-    def _accepted(self, transition: Transition, sender: NodeId | None) -> None:
+    def _weigh(self, member: Member) -> None:
+        """Hasten the end of a suspect that enough others saw to be gone."""
+        context = self._context
+        able = 1 + sum(
+            other.state is MemberState.ALIVE
+            for other in context.members.live()
+            if other.node != member.node
+        )
+        if member.witnesses >= min(_WITNESSES_NEEDED, able):
+            self._suspicions.hasten(member.node, context.config.evidence_death_s, context.now_s)
+
+    def _accepted(self, transition: Transition, silent_s: float) -> None:
         context, before, member = self._context, transition.before, transition.member
         assert member is not None
         update = member.update
         was_live = before is not None and before.state.is_live
         context.touch()
-        self._rumours.start(Claim(update, merged=False), sender)
+        self.changed()
         self._suspicions.stop(member.node)
         if before is None or before.epoch != update.epoch:
             self._soft.forget(member.node)
@@ -234,15 +375,17 @@ class Claims:
             case MemberState.ALIVE:
                 self._alive(before, member)
             case MemberState.SUSPECT:
-                self._suspected(before, member)
+                self._suspected(before, member, silent_s)
             case MemberState.DEAD:
-                context.notify(MemberFailed(update.node, update.name, update.address))
+                if was_live:  # else it is a life that we never knew
+                    context.notify(MemberFailed(update.node, update.name, update.address))
             case MemberState.LEFT:
                 context.notify(MemberLeft(update.node, update.name, update.address))
             case _:
                 assert_never(update.state)
         if not member.is_live:
             self._soft.forget(member.node)
+            context.emit(Unwatch(member.node))
             if was_live and not context.members.live():
                 self.alone()
 
@@ -262,19 +405,23 @@ class Claims:
         ):
             context.notify(MemberUpdated(update.node, update.name, update.address))
 
-    def _suspected(self, before: Update | None, member: Member) -> None:
+    def _suspected(self, before: Update | None, member: Member, silent_s: float) -> None:
         context, update = self._context, member.update
         if before is None or before.state is not MemberState.SUSPECT:
             context.notify(MemberSuspected(update.node, update.name, update.address))
-        nodes = context.members.live_count()
-        self._suspicions.start(update, nodes, context.health.factor, context.now_s)
+        nodes, factor = context.members.live_count(), context.health.factor
+        self._suspicions.start(update, nodes, factor, context.now_s, silent_s)
+        self._weigh(member)
         if update.accuser != context.me.node and self._prober.is_witness(update):
             self._prober.probe(member)
 
     def _expired(self, suspicion: Update) -> None:
         """Nobody refuted it: the member is dead."""
-        self._context.count("deaths_declared")
-        self._apply(_with(suspicion, MemberState.DEAD, self._context.me.node), None, None)
+        context = self._context
+        context.count("deaths_declared")
+        update = replace(suspicion, state=MemberState.DEAD, accuser=context.me.node)
+        self._note_ours(update)
+        self._apply(update, None, None)
 
     def _contest(self, transition: Transition, other: Member | None) -> None:
         """Two live members with one address: the later life keeps it, the other has to show itself."""
@@ -297,6 +444,17 @@ class Claims:
         context.notify(AddressContested(member.address, holder.node, loser.node))
         if loser.state is MemberState.ALIVE:
             self.accuse(loser)
+
+    def _forget(self, member: Member) -> None:
+        update = self._context.members.bury(member.node, self._context.now_s)
+        self._drop_record(update.node)
+        self._context.notify(MemberForgotten(update.node, update.name, update.address))
+
+    def _make_room(self) -> None:
+        """The table is full: who has been gone longest makes room for who comes next."""
+        gone = [member for member in self._context.members if not member.is_live]
+        if gone:
+            self._forget(min(gone, key=lambda member: member.since_s))
 
     def _forget_orphans(self) -> None:
         """Drop records whose owners were not listed for long: from a snapshot, or ahead of their claims."""
@@ -328,7 +486,3 @@ class Claims:
             self._context.notify(RecordChanged(owner, keys, reset=True))
         self._soft.forget(owner)
         self._context.touch()
-
-
-def _with(held: Update, state: MemberState, accuser: NodeId) -> Update:
-    return Update(held.node, state, held.epoch, held.incarnation, held.name, held.address, accuser)

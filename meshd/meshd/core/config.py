@@ -16,13 +16,17 @@ class GossipConfig:
     """The LAN preset is the default; see `lan`, `wan`, `local` and `constrained`."""
 
     # -- Probing (SWIM) ---------------------------------------------------------------------------------
-    probe_interval_s: float = 1.0  # s between probes. Up: less traffic, slower detection
+    probe_interval_s: float = 1.5  # s between probes. Up: less traffic, slower detection
+    probe_deadline_s: float = 1.0  # s one probe lasts, all its ways together. Up: detects later
     probe_timeout_s: float = (
         0.4  # s until indirect probes start. Up: tolerates slower links, detects later
     )
     indirect_probes: int = 3  # helpers asked. Up: fewer false suspicions under loss, more traffic
     local_health_max: int = (
-        8  # ceiling of the own ill-health score; interval and timeout scale by score+1
+        8  # ceiling of the own ill-health score; a probe's times scale by score+1
+    )
+    suspicion_health_max: int = (
+        2  # points of it that also stretch suspicions. Up: the ill declare death later
     )
     probes_in_flight_max: int = 64  # bound. Up: more memory under a storm of suspicions
     relayed_probes_max: int = (
@@ -34,7 +38,7 @@ class GossipConfig:
 
     # -- Suspicion (Lifeguard) --------------------------------------------------------------------------
     suspicion_multiplier: float = (
-        3.0  # Tmin = this * max(1, log10 N) * probe_interval_s. Up: dies later
+        3.0  # Tmin = this * max(1, log10 N) * probe_deadline_s. Up: dies later
     )
     suspicion_max_multiplier: float = (
         6.0  # Tmax = this * Tmin, with no confirmation. Up: waits for others
@@ -43,10 +47,21 @@ class GossipConfig:
         3  # distinct accusers that bring Tmax down to Tmin. Up: dies later
     )
     death_floor_s: float = (
-        6.0  # s a suspect is never declared dead before. Up: longer stalls survive
+        6.0  # s of silence before which nobody is declared dead. Up: longer stalls survive
     )
     evidence_death_s: float = (
-        0.5  # s from refused datagram *and* refused stream to death. Up: slower, safer
+        0.25  # s from the evidence of two witnesses to death. Up: slower, more time to refute
+    )
+    witness_streams: int = 3  # idle streams kept, so that the end of a process is noticed at once. Up: surer, more memory
+    witness_settle_s: float = (
+        0.5  # s after a change of members until witnesses are chosen anew. Up: fewer changes
+    )
+    witness_retry_s: float = 5.0  # s until a failed witness stream is tried again. Up: less traffic
+    knock_gap_s: float = (
+        0.1  # least s between looks at one node's port on refused datagrams. Up: fewer
+    )
+    accusations_max: int = (
+        30  # refuted accusations a minute that an accuser is forgiven. Up: a liar disturbs more
     )
     witnesses: int = (
         3  # rendezvous-chosen nodes that probe a suspect at once. Up: quicker confirmations
@@ -141,12 +156,16 @@ def wan() -> GossipConfig:
     """Round trips up to a second, sites joined by tunnels."""
     return replace(
         lan(),
-        probe_interval_s=3.0,
+        probe_interval_s=4.0,
+        probe_deadline_s=3.0,
         probe_timeout_s=1.5,
         stall_s=1.0,
         suspicion_multiplier=4.0,
         death_floor_s=15.0,
         evidence_death_s=3.0,
+        witness_settle_s=2.0,
+        witness_retry_s=15.0,
+        knock_gap_s=1.0,
         rumour_step_s=0.05,
         anti_entropy_interval_s=60.0,
         hash_settle_s=2.0,
@@ -166,11 +185,15 @@ def local() -> GossipConfig:
     return replace(
         lan(),
         probe_interval_s=0.5,
+        probe_deadline_s=0.5,
         probe_timeout_s=0.2,
         suspicion_multiplier=3.0,
         suspicion_max_multiplier=2.0,
         death_floor_s=2.0,
-        evidence_death_s=0.3,
+        evidence_death_s=0.15,
+        suspicion_health_max=0,
+        witness_settle_s=0.1,
+        witness_retry_s=1.0,
         anti_entropy_interval_s=10.0,
         dead_probe_interval_s=1.0,
         join_retry_max_s=2.0,
@@ -182,11 +205,14 @@ def constrained() -> GossipConfig:
     return replace(
         lan(),
         probe_interval_s=5.0,
+        probe_deadline_s=5.0,
         probe_timeout_s=1.5,
         stall_s=1.0,
         suspicion_multiplier=2.0,
         death_floor_s=20.0,
         evidence_death_s=2.0,
+        witness_settle_s=2.0,
+        witness_retry_s=60.0,
         rumour_fanout=2,
         rumour_step_s=0.05,
         anti_entropy_interval_s=180.0,

@@ -15,6 +15,7 @@ from meshd.core.config import GossipConfig
 from meshd.core.effects import Address, Effect, Lane, Notify, Send
 from meshd.core.events import Event
 from meshd.core.membership import LocalNode, Members, MemberState, Update, state_hash
+from meshd.core.offences import Offence, Offences
 from meshd.core.suspicion import LocalHealth
 from meshd.core.timers import Timers
 from meshd.core.wire import Heartbeat, Message, encode, payload_of, payloads_of
@@ -48,6 +49,7 @@ class Context:
         self.members = Members(config, me.node, rng)
         self.health = LocalHealth(config.local_health_max)
         self.counters: Counter[str] = Counter()
+        self.offences = Offences()
         self._effects: list[Effect] = []
         self._hash = bytes(8)
         self._hash_is_stale = True
@@ -70,6 +72,11 @@ class Context:
     def count(self, name: str) -> None:
         """One more of what `statistics` reports under this name."""
         self.counters[name] += 1
+
+    def offend(self, node: NodeId, kind: Offence) -> None:
+        """A node did what no honest one does: count it, by kind and by name."""
+        self.count(f"offence_{kind.value}")
+        self.offences.note(node, kind)
 
     # -- what comes out ---------------------------------------------------------------------------------
 

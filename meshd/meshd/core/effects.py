@@ -2,8 +2,8 @@
 
 The core returns effects in the order in which they are to be carried out. An effect that cannot be
 carried out (a full socket buffer, an unreachable peer) is dropped by the driver and counted there: every
-message of the core may be lost, so nothing needs to be reported back except what `stream_pinged` and
-`evidence_refused` say.
+message of the core may be lost, so nothing needs to be reported back except what `stream_pinged`,
+`knocked`, `watch_ended` and `evidence_refused` say.
 """
 
 from __future__ import annotations
@@ -48,10 +48,37 @@ class StreamPing:
 
 
 @dataclass(frozen=True, slots=True)
+class Watch:
+    """Keep an idle witness stream to that node; report its end with `watch_ended(node, ...)`.
+
+    A process that is killed ends it within milliseconds, which no probe could notice so soon.
+    """
+
+    node: NodeId
+    to: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Unwatch:
+    """Close the witness streams with that node, whoever dialled them, and say goodbye on them first."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Knock:
+    """Open a TCP connection to that node's port and close it at once; report with `knocked(token, ...)`."""
+
+    node: NodeId
+    to: Address
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
 class Notify:
     """Something happened that the rest of the daemon may care about."""
 
     event: Event
 
 
-Effect: TypeAlias = Send | StreamPing | Notify
+Effect: TypeAlias = Send | StreamPing | Watch | Unwatch | Knock | Notify

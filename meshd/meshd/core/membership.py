@@ -89,6 +89,7 @@ class Update:
     name: str
     address: Address
     accuser: NodeId  # who found out: the subject for ALIVE and LEFT, else a member
+    evidence: bool = False  # of a suspicion: the accuser saw that the process is gone
 
     @property
     def precedence(self) -> tuple[int, bool, int, int]:
@@ -109,8 +110,8 @@ class Member:
     since_s: float  # when the state, not the incarnation, last changed
     heard_s: float | None = None  # when it last spoke to us itself
     round_trip_s: float | None = None  # smoothed, of datagrams
-    refused: bool = False  # its host refused a datagram in this incarnation: see NodeCore.refused
-    accusers: dict[NodeId, None] = field(default_factory=dict[NodeId, None])  # ordered, distinct
+    knocked_s: float | None = None  # when we last looked whether anybody listens there
+    accusers: dict[NodeId, bool] = field(default_factory=dict[NodeId, bool])  # with evidence?
 
     @property
     def node(self) -> NodeId:
@@ -132,6 +133,11 @@ class Member:
         """Alive or suspected."""
         return self.update.state.is_live
 
+    @property
+    def witnesses(self) -> int:
+        """How many accusers saw that the process is gone."""
+        return sum(self.accusers.values())
+
 
 @dataclass(frozen=True, slots=True)
 class MemberView:
@@ -145,6 +151,7 @@ class MemberView:
     incarnation: int
     since_s: float
     round_trip_s: float | None
+    heard_s: float | None = None  # when it last spoke to us itself; None: never, or it is ourselves
     is_self: bool = False
 
 
@@ -152,7 +159,7 @@ class Verdict(Enum):
     """What became of a claim about another node."""
 
     ACCEPTED = "accepted"
-    CONFIRMED = "confirmed"  # the suspicion that is held, by one more accuser
+    CONFIRMED = "confirmed"  # the suspicion that is held, by one more accuser or with evidence
     STALE = "stale"  # something as strong or stronger is held
     GHOST = "ghost"  # the graveyard knows better
     UNKNOWN = "unknown"  # bad news about a node never listed: noted in the graveyard only
@@ -246,13 +253,17 @@ class Members:
                 before.name,
                 before.address,
                 update.accuser,
+                update.evidence,
             )
-        else:
-            member.refused = False
         if update.epoch != before.epoch:
             member.round_trip_s = None
         member.update = update
-        member.accusers = {update.accuser: None} if update.state is MemberState.SUSPECT else {}
+        if (
+            update.state is not MemberState.DEAD
+        ):  # the dead may yet show that they were accused wrongly
+            member.accusers.clear()
+        if update.state in (MemberState.SUSPECT, MemberState.DEAD):
+            member.accusers[update.accuser] = update.evidence
         if update.state is not before.state:
             member.since_s = now_s
             self._live = None
@@ -289,16 +300,21 @@ class Members:
         self._graveyard.pop(update.node, None)
         member = Member(update, now_s)
         if update.state is MemberState.SUSPECT:
-            member.accusers[update.accuser] = None
+            member.accusers[update.accuser] = update.evidence
         self._table[update.node] = member
         self._live = None
         self._claim_address(update)
         return Transition(Verdict.ACCEPTED, None, member)
 
-    @staticmethod
-    def _confirm(member: Member, update: Update) -> Transition:
-        if update.state is MemberState.SUSPECT and update.accuser not in member.accusers:
-            member.accusers[update.accuser] = None
+    def _confirm(self, member: Member, update: Update) -> Transition:
+        accuser = update.accuser
+        if update.state is not MemberState.SUSPECT:
+            return Transition(Verdict.STALE, member.update, member)
+        # An accuser that nobody knows confirms nothing: names are free to invent.
+        is_known = accuser == self._me or accuser in self._table
+        knows_more = update.evidence > member.accusers.get(accuser, False)
+        if is_known and (accuser not in member.accusers or knows_more):
+            member.accusers[accuser] = update.evidence
             return Transition(Verdict.CONFIRMED, member.update, member)
         return Transition(Verdict.STALE, member.update, member)
 

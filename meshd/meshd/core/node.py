@@ -29,6 +29,7 @@ from meshd.core.dissemination import Rumours
 from meshd.core.effects import Address, Effect, Lane
 from meshd.core.joining import Joining
 from meshd.core.membership import LocalNode, Member, MemberState, MemberView, Update
+from meshd.core.offences import Offence
 from meshd.core.probes import Prober
 from meshd.core.repair import Repair
 from meshd.core.soft_lane import SoftLane
@@ -49,6 +50,7 @@ from meshd.core.wire import (
     View,
     decode,
 )
+from meshd.core.witnesses import Witnesses
 from meshd_cms.errors import CodecError
 from meshd_cms.soft import SoftItem, SoftState
 from meshd_cms.store import Store
@@ -76,14 +78,16 @@ class NodeCore:
         self._soft = SoftLane(context)
         self._rumours = Rumours(context)
         self._prober = Prober(
-            context, self._rumours, self._suspect, self._stream_evidence, self._soft.riding
+            context, self._rumours, self._suspect, self._stream_answered, self._soft.riding
         )
         self._claims = Claims(context, self._rumours, self._prober, self._soft)
+        self._witnesses = Witnesses(context, self._gone, self._prober.probe)
         self._repair = Repair(context, self._rumours, self._claims.learn_own_epoch)
         self._joining = Joining(context, self._repair)
         self._claims.newcomer = self._repair.fetch
         self._claims.came_back = self._repair.exchange
         self._claims.alone = self._joining.alone
+        self._claims.changed = self._witnesses.changed
 
     # -- the course of the time -------------------------------------------------------------------------
 
@@ -181,6 +185,7 @@ class NodeCore:
             return context.take_effects()
         context.leaving = True
         context.timers.clear()  # nobody is probed, accused or told anything else any more
+        self._witnesses.leave()
         for copy in range(self.config.leave_copies):
             context.timers.at(now_s + copy * self.config.leave_step_s, self._say_goodbye)
         return self.advance(now_s)
@@ -203,6 +208,7 @@ class NodeCore:
             messages = decode(payload)
         except CodecError:
             context.count("dropped_malformed")
+            context.offend(sender, Offence.MALFORMED)
             return context.take_effects()
         if sender == context.me.node:
             self._receive_own(messages)
@@ -217,39 +223,45 @@ class NodeCore:
                 self._dispatch(messages, sender, sender_epoch, peer)
         return context.take_effects()
 
-    def stream_pinged(
-        self, token: int, ok: bool, now_s: float, *, refused: bool = False
-    ) -> tuple[Effect, ...]:
-        """A `StreamPing` ended. `refused`: the host answered that nobody listens there."""
+    def stream_pinged(self, token: int, ok: bool, now_s: float) -> tuple[Effect, ...]:
+        """A `StreamPing` ended."""
         self._at(now_s)
-        if refused:
-            self._context.count("stream_refusals")
         if not self._context.leaving:
             self._prober.on_stream_ping(token, ok=ok)
         return self._context.take_effects()
 
+    def watch_ended(
+        self, node: NodeId, epoch: int, evident: bool, now_s: float
+    ) -> tuple[Effect, ...]:
+        """A witness stream with this life of a node is no more, whoever dialled it.
+
+        `evident`: it had been up, and ended without a goodbye. Otherwise it never came up, or ended in peace.
+        """
+        self._at(now_s)
+        if not self._context.leaving:
+            self._witnesses.ended(node, epoch, evident=evident)
+        return self._context.take_effects()
+
+    def knocked(self, token: int, refused: bool, now_s: float) -> tuple[Effect, ...]:
+        """A `Knock` ended. `refused`: the host answered that nobody listens there."""
+        self._at(now_s)
+        if not self._context.leaving:
+            self._witnesses.knocked(token, refused=refused)
+        return self._context.take_effects()
+
     def evidence_refused(self, address: Address, now_s: float) -> tuple[Effect, ...]:
-        """The operating system says that a host refused a datagram to this address."""
-        member = self._context.members.at_address(address)
-        if member is None:
-            self._at(now_s)
-            self._context.count("refusal_unknown")
-            return self._context.take_effects()
-        return self.refused(member.node, now_s)
+        """The operating system says that a host refused a datagram to this address.
 
-    def refused(self, node: NodeId, now_s: float) -> tuple[Effect, ...]:
-        """The host of this node refused a datagram: it is up, and the process is gone, or it is a lie.
-
-        The node is suspected at once. When a stream ping fails too it has `evidence_death_s` left to refute.
+        The host is up, and the process is gone, or it is a lie: we look for ourselves.
         """
         context = self._context
         self._at(now_s)
-        member = context.members.get(node)
-        if member is not None and member.is_live and not member.refused and not context.leaving:
+        member = context.members.at_address(address)
+        if member is None or not member.is_live:
+            context.count("refusal_unknown")
+        elif not context.leaving:
             context.count("refusals")
-            member.refused = True
-            self._suspect(node)
-            self._prober.stream_ping(member)
+            self._witnesses.refused(member)
         return context.take_effects()
 
     # -- reading ----------------------------------------------------------------------------------------
@@ -282,6 +294,10 @@ class NodeCore:
     def state_hash(self) -> bytes:
         """Equal on two nodes that agree on the live members and hold the same records."""
         return self._context.state_hash()
+
+    def offences(self) -> Mapping[NodeId, Mapping[str, int]]:
+        """Who misbehaves: counts since the start by node and kind, most first, of a bounded number."""
+        return self._context.offences.report()
 
     def statistics(self) -> Mapping[str, int]:
         """Counters since the start, and gauges: `members_live`, `local_health`, `timers`, `rumours_queued`."""
@@ -366,22 +382,20 @@ class NodeCore:
                 case _:
                     pass
 
-    def _suspect(self, node: NodeId) -> None:
-        """A probe of ours failed, or there is evidence."""
+    def _suspect(self, node: NodeId, silent_s: float) -> None:
+        """A probe of ours failed."""
         member = self._context.members.get(node)
         if member is not None and member.is_live:
-            self._claims.accuse(member)
+            self._claims.accuse(member, silent_s=silent_s)
 
-    def _stream_evidence(self, node: NodeId, ok: bool) -> None:
+    def _gone(self, member: Member) -> None:
+        """Its process is gone, as far as we can see."""
+        self._claims.accuse(member, evidence=True)
+
+    def _stream_answered(self, node: NodeId) -> None:
         member = self._context.members.get(node)
-        if member is None or not member.is_live:
-            return
-        if ok:
-            member.refused = False
-            if member.state is MemberState.SUSPECT:
-                self._prober.probe(member)
-        elif member.refused:
-            self._claims.hasten(member)
+        if member is not None and member.state is MemberState.SUSPECT:
+            self._prober.probe(member)
 
     def _say_goodbye(self) -> None:
         context = self._context
@@ -407,4 +421,5 @@ def _view(update: Update, member: Member | None, started_s: float) -> MemberView
         update.incarnation,
         started_s if member is None else member.since_s,
         None if member is None else member.round_trip_s,
+        None if member is None else member.heard_s,
     )

@@ -1,11 +1,13 @@
 """SWIM's failure detector: who is asked when, through whom, and what silence means.
 
-Invariants: each live member is probed once in every round of a shuffled list, so a given prober reaches a
-given member within 2N - 1 periods, and newcomers enter at a random place; a probe ends exactly once, as
-answered or as failed; a probe that fails while its subject took a new incarnation accuses nobody.
+Invariants: every second probe goes to our successor in the ring of the living, ordered by id, so every node
+is probed by a known one at least every two intervals, whatever chance does; the others go once round a
+shuffled list, so a given prober reaches a given member within 2(2N - 1) intervals, and newcomers enter at a
+random place; a probe ends exactly once, as answered or as failed; a probe that fails while its subject took
+a new incarnation accuses nobody.
 
 A probe: a ping; after the timeout, in parallel, `indirect_probes` helpers are asked and a stream ping is
-made; at the end of the period, no answer by any of the three ways is a failure. A helper that gets no ack
+made; at its deadline, no answer by any of the three ways is a failure. A helper that gets no ack
 either says nack: a missing nack is our own fault as likely as the subject's (Lifeguard, local health).
 A ping to a suspect carries the suspicion first, so that it can refute at once (Lifeguard, buddy system).
 """
@@ -24,7 +26,7 @@ from meshd.core.timers import Timer
 from meshd.core.wire import Ack, Claim, Message, Nack, Ping, PingRequest
 from meshd_cms.types import NodeId
 
-_NACK_SHARE = 0.8  # of the probe timeout: a nack has to be back before the prober's period ends
+_NACK_SHARE = 0.8  # of the probe timeout: a nack has to be back before the prober's deadline
 
 
 @dataclass(slots=True)
@@ -54,8 +56,8 @@ class Prober:
     Args:
         context: shared with the other parts.
         rumours: fills the room in pings and acks.
-        failed: called with a member that did not answer a whole period.
-        evidence: called with (node, answered) when a stream ping of ours ended.
+        failed: called with a member that did not answer a whole probe, and for how long, in seconds.
+        answered: called with a node that answered a stream ping.
         extras: messages that ride in every ping and ack (our load).
     """
 
@@ -63,17 +65,18 @@ class Prober:
         self,
         context: Context,
         rumours: Rumours,
-        failed: Callable[[NodeId], None],
-        evidence: Callable[[NodeId, bool], None],
+        failed: Callable[[NodeId, float], None],
+        answered: Callable[[NodeId], None],
         extras: Callable[[], Sequence[Message]],
     ) -> None:
         self._context = context
         self._rumours = rumours
         self._failed = failed
-        self._evidence = evidence
+        self._stream_answered = answered
         self._extras = extras
         self._ring: list[NodeId] = []
         self._next = 0
+        self._successor_is_next = context.rng.random() < 0.5
         self._probes: dict[int, _Probe] = {}
         self._relays: dict[int, _Relay] = {}
         self._stream_pings: dict[int, NodeId] = {}
@@ -198,17 +201,34 @@ class Prober:
             for sequence in [key for key, probe in self._probes.items() if probe.node == node]:
                 self._context.count("stream_rescues")
                 self._answered(sequence)
-        self._evidence(node, ok)
+            self._stream_answered(node)
 
     # -- the course of a probe --------------------------------------------------------------------------
 
     def _round(self) -> None:
         context = self._context
-        member = self._next_member()
+        self._successor_is_next = not self._successor_is_next
+        member = self._successor() if self._successor_is_next else None
+        member = member or self._next_member()
         if member is not None:
             self.probe(member)
         interval_s = context.config.probe_interval_s * context.health.factor
         context.timers.at(context.now_s + interval_s, self._round)
+
+    def _successor(self) -> Member | None:
+        """Who follows us in the ring of ids; the suspected are others' work already."""
+        context = self._context
+        me = context.me.node
+        first: Member | None = None
+        after: Member | None = None
+        for member in context.members.live():
+            if member.state is not MemberState.ALIVE:
+                continue
+            if first is None or member.node < first.node:
+                first = member
+            if member.node > me and (after is None or member.node < after.node):
+                after = member
+        return after or first
 
     def _next_member(self) -> Member | None:
         for _ in range(len(self._ring) + 1):
@@ -258,7 +278,7 @@ class Prober:
             request = PingRequest(sequence, member.node, member.address)
             context.send(Peer(helper.node, helper.address), [request])
         self.stream_ping(member)
-        end_s = probe.started_s + context.config.probe_interval_s * context.health.factor
+        end_s = probe.started_s + context.config.probe_deadline_s * context.health.factor
         probe.timer = context.timers.at(max(end_s, context.now_s), lambda: self._end(sequence))
 
     def _end(self, sequence: int) -> None:
@@ -270,7 +290,7 @@ class Prober:
             return
         now = member.update
         if (now.epoch, now.incarnation) == (probe.update.epoch, probe.update.incarnation):
-            self._failed(probe.node)
+            self._failed(probe.node, context.now_s - probe.started_s)
 
     def _answered(self, sequence: int) -> None:
         probe = self._probes.pop(sequence)
@@ -280,7 +300,7 @@ class Prober:
     def _nack(self, sequence: int) -> None:
         context, relay = self._context, self._relays[sequence]
         context.send(relay.requester, [Nack(relay.sequence)])
-        due_s = context.now_s + context.config.probe_interval_s
+        due_s = context.now_s + context.config.probe_deadline_s
         relay.timer = context.timers.at(due_s, lambda: self._forget_relay(sequence))
 
     def _forget_relay(self, sequence: int) -> None:

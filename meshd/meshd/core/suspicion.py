@@ -1,7 +1,7 @@
 """Lifeguard: how ill we are ourselves, and how long a suspect has.
 
 Invariants: the local health score is in [0, local_health_max]; a suspicion's timeout never grows by a
-confirmation and never falls below the death floor; a suspicion is bound to one (epoch, incarnation).
+confirmation, and nobody is dead before a silence as long as the death floor; a suspicion is bound to one (epoch, incarnation).
 See Dadgar, Phillips, Currey, "Lifeguard: Local Health Awareness for More Accurate Failure Detection",
 2018, section IV.
 """
@@ -44,10 +44,12 @@ class LocalHealth:
         self._score = min(self._score_max, self._score + points)
 
 
-def suspicion_timeout_s(config: GossipConfig, nodes: int, confirmations: int, factor: int) -> float:
+def suspicion_timeout_s(
+    config: GossipConfig, nodes: int, confirmations: int, factor: int, silent_s: float = 0.0
+) -> float:
     """How long a suspicion lasts before it is death.
 
-    Tmin = multiplier * max(1, log10 N) * T, Tmax = max_multiplier * Tmin, and with C confirmations of
+    Tmin = multiplier * max(1, log10 N) * T, where T is how long a probe lasts, Tmax = max_multiplier * Tmin, and with C confirmations of
     the K that can be had, t = max(Tmin, Tmax - (Tmax - Tmin) * ln(C + 1) / ln(K + 1)); K = 0, a mesh too
     small for anybody to confirm, gives Tmin.
 
@@ -56,8 +58,9 @@ def suspicion_timeout_s(config: GossipConfig, nodes: int, confirmations: int, fa
         nodes: size of the mesh, the suspect and ourselves included.
         confirmations: distinct accusers beside the first.
         factor: our local health factor, >= 1.
+        silent_s: for how long it has been silent already; the death floor counts from there.
     """
-    interval_s = config.probe_interval_s * factor
+    interval_s = config.probe_deadline_s * min(factor, config.suspicion_health_max + 1)
     least_s = config.suspicion_multiplier * max(1.0, math.log10(max(1, nodes))) * interval_s
     most_s = config.suspicion_max_multiplier * least_s
     possible = min(
@@ -68,7 +71,7 @@ def suspicion_timeout_s(config: GossipConfig, nodes: int, confirmations: int, fa
     else:
         gained = math.log(confirmations + 1) / math.log(possible + 1)
         timeout_s = max(least_s, most_s - (most_s - least_s) * gained)
-    return max(timeout_s, config.death_floor_s)
+    return max(timeout_s, config.death_floor_s - silent_s)
 
 
 @dataclass(slots=True)
@@ -77,6 +80,7 @@ class _Suspicion:
     timer: Timer
     timeout_s: float
     factor: int  # of our health when it began
+    silent_s: float  # for how long it had been silent then
 
 
 class Suspicions:
@@ -90,19 +94,23 @@ class Suspicions:
         self._expired = expired
         self._running: dict[NodeId, _Suspicion] = {}
 
-    def start(self, update: Update, nodes: int, factor: int, now_s: float) -> None:
+    def start(
+        self, update: Update, nodes: int, factor: int, now_s: float, silent_s: float = 0.0
+    ) -> None:
         """A member is suspected, in this incarnation; a running suspicion of an older one ends."""
         self.stop(update.node)
-        timeout_s = suspicion_timeout_s(self._config, nodes, 0, factor)
+        timeout_s = suspicion_timeout_s(self._config, nodes, 0, factor, silent_s)
         timer = self._timers.at(now_s + timeout_s, lambda: self._fire(update.node))
-        self._running[update.node] = _Suspicion(update, timer, timeout_s, factor)
+        self._running[update.node] = _Suspicion(update, timer, timeout_s, factor, silent_s)
 
     def confirm(self, node: NodeId, nodes: int, confirmations: int, now_s: float) -> None:
         """So many others accuse it too."""
         one = self._running.get(node)
         if one is None:
             return
-        timeout_s = suspicion_timeout_s(self._config, nodes, confirmations, one.factor)
+        timeout_s = suspicion_timeout_s(
+            self._config, nodes, confirmations, one.factor, one.silent_s
+        )
         if timeout_s < one.timeout_s:
             began_s = one.timer.due_s - one.timeout_s
             one.timeout_s = timeout_s

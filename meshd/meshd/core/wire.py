@@ -194,7 +194,7 @@ def encode(message: Message) -> bytes:
         case Nack(sequence):
             return pack((_NACK, sequence))
         case Claim(update, merged):
-            return pack((_CLAIM, *_pack_update(update), merged))
+            return pack((_CLAIM, *_pack_update(update), merged | update.evidence << 1))
         case Record(delta, rumour):
             return pack((_RECORD, pack_delta(delta), rumour))
         case Digest(low, high, lines, answer):
@@ -269,8 +269,9 @@ def _decode_message(item: object) -> Message:
             return PingRequest(_count(sequence), _node(target), _address(host, port))
         case [4, sequence]:
             return Nack(_count(sequence))
-        case [5, *update, merged]:
-            return Claim(_update(update), _flag(merged))
+        case [5, *update, flags]:
+            merged, evidence = _claim_flags(flags)
+            return Claim(_update(update, evidence), merged)
         case [6, delta, rumour]:
             return Record(unpack_delta(delta), _flag(rumour))
         case [7, low, high, lines, answer]:
@@ -303,11 +304,11 @@ def _pack_update(update: Update) -> tuple[object, ...]:
         update.incarnation,
         update.name,
         *update.address,
-        update.accuser,
+        None if update.accuser == update.node else update.accuser,
     )
 
 
-def _update(fields: Sequence[object]) -> Update:
+def _update(fields: Sequence[object], evidence: bool) -> Update:
     if len(fields) != 8:
         raise CodecError("a claim has the wrong number of fields")
     node, state, epoch, incarnation, name, host, port, accuser = fields
@@ -320,8 +321,17 @@ def _update(fields: Sequence[object]) -> Update:
         _count(incarnation),
         name,
         _address(host, port),
-        _node(accuser),
+        _node(node if accuser is None else accuser),
+        evidence,
     )
+
+
+def _claim_flags(item: object) -> tuple[bool, bool]:
+    """Bit 0: merged. Bit 1: evidence."""
+    flags = _count(item)
+    if flags > 3:
+        raise CodecError("unknown flags of a claim")
+    return bool(flags & 1), bool(flags & 2)
 
 
 def _view_line(item: object) -> ViewLine:

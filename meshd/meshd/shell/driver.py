@@ -22,11 +22,22 @@ from typing import Protocol, assert_never
 import trio
 import trio.lowlevel
 
-from meshd.core.effects import Address, Effect, Lane, Notify, Send, StreamPing
+from meshd.core.effects import (
+    Address,
+    Effect,
+    Knock,
+    Lane,
+    Notify,
+    Send,
+    StreamPing,
+    Unwatch,
+    Watch,
+)
 from meshd.core.events import Event
 from meshd.core.frames import FrameTooLarge
 from meshd.core.node import NodeCore
 from meshd.core.sealing import Dropped, Opener, Sealer
+from meshd.shell.contacts import Contacts
 from meshd.shell.stream_errors import StreamError
 from meshd_cms import NodeId
 from meshd_plugins.api import Logger
@@ -53,6 +64,22 @@ class GossipStreams(Protocol):
 
     async def ping(self, node: NodeId, address: Address) -> float:
         """Round trip in seconds; raises OSError or a stream error."""
+        ...
+
+
+class Witnessing(Protocol):
+    """The witness streams, as the driver needs them."""
+
+    def watch(self, node: NodeId, address: Address) -> None:
+        """Have a stream with this node."""
+        ...
+
+    def unwatch(self, node: NodeId) -> None:
+        """End the streams with this node, with a goodbye."""
+        ...
+
+    async def knock(self, address: Address) -> bool:
+        """Whether the host of this address says that nobody listens there."""
         ...
 
 
@@ -100,6 +127,7 @@ class GossipDriver:
         sealer: seals what we send.
         opener: opens and judges what we receive.
         streams: the stream lane.
+        witness: the witness streams.
         notify: called in the driver's task for each event; it must not block.
         log: bound logger.
     """
@@ -112,6 +140,7 @@ class GossipDriver:
         sealer: Sealer,
         opener: Opener,
         streams: GossipStreams,
+        witness: Witnessing,
         notify: Callable[[Event], None],
         log: Logger,
     ) -> None:
@@ -120,6 +149,7 @@ class GossipDriver:
         self._sealer = sealer
         self._opener = opener
         self._streams = streams
+        self._witness = witness
         self._notify = notify
         self._log = log
         self._commands: deque[Command] = deque()
@@ -127,6 +157,7 @@ class GossipDriver:
         self._stream_tasks = 0
         self._turns_behind = 0
         self.statistics = DriverStatistics()
+        self.contacts = Contacts()
 
     def post(self, command: Command) -> bool:
         """Have the owning task run `command(core, now_s)`; False when the queue is full (counted)."""
@@ -143,6 +174,10 @@ class GossipDriver:
         self.post(
             lambda core, now_s: core.receive(payload, sender, epoch, source, Lane.STREAM, now_s)
         )
+
+    def watch_ended(self, node: NodeId, epoch: int, evident: bool) -> None:
+        """A witness stream ended: see `NodeCore.watch_ended`."""
+        self.post(lambda core, now_s: core.watch_ended(node, epoch, evident, now_s))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Drive the core until cancelled."""
@@ -189,15 +224,18 @@ class GossipDriver:
             self.statistics.datagrams_received += 1
             self.statistics.bytes_received += len(datagram)
             opened = self._opener.open(datagram)
+            now_s = trio.current_time()
             if isinstance(opened, Dropped):
+                self.contacts.dropped(opened.reason, (source[0], source[1]), now_s)
                 continue  # the opener counts it by reason
+            self.contacts.heard(opened.sender, now_s)
             effects = self.core.receive(
                 opened.payload,
                 opened.sender,
                 opened.epoch,
                 (source[0], source[1]),
                 Lane.DATAGRAM,
-                trio.current_time(),
+                now_s,
             )
             self._execute(effects, nursery)
         return False
@@ -228,6 +266,12 @@ class GossipDriver:
                     self._spawn(nursery, partial(self._send, effect))
                 case StreamPing():
                     self._spawn(nursery, partial(self._ping, effect))
+                case Watch(node=node, to=address):
+                    self._witness.watch(node, address)
+                case Unwatch(node=node):
+                    self._witness.unwatch(node)
+                case Knock():
+                    self._spawn(nursery, partial(self._knock, effect))
                 case Notify(event=event):
                     self._notify(event)
                 case _:
@@ -269,3 +313,10 @@ class GossipDriver:
             answered = True
         finally:
             self.post(lambda core, now_s: core.stream_pinged(effect.token, answered, now_s))
+
+    async def _knock(self, effect: Knock) -> None:
+        refused = False
+        try:
+            refused = await self._witness.knock(effect.to)
+        finally:
+            self.post(lambda core, now_s: core.knocked(effect.token, refused, now_s))

@@ -8,7 +8,6 @@ channel and delete it afterwards. The root key is not in it and never leaves the
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 from pathlib import Path
 from typing import Any, Final, TypeGuard, cast
@@ -149,7 +148,7 @@ def _unarmoured(text: bytes, file: Path) -> bytes:
     body = "".join(lines[lines.index(_BEGIN) + 1 : lines.index(_END)])
     try:
         sealed = base64.b64decode(body, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error is one, and so is what a byte beyond ASCII raises
         raise EnrolmentError(f"{file} is damaged: {_DAMAGED}") from error
     if sealed and sealed[0] != FORMAT:
         raise EnrolmentError(

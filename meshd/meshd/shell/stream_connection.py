@@ -45,6 +45,8 @@ from meshd_plugins.api import BadRequest, Failed, Logger, Refused
 RECEIVE_BYTES: Final = 64 * 1024
 _PULSE_TOKEN: Final = 0
 _FAREWELL_TOKEN: Final = 2**63 - 1
+DOUBT_DEADLINE_S: Final = 2.0
+"""For the answer of a peer that may no longer be reached; up: in-flight calls hang longer after a move."""
 DRAINING: Final = "draining"
 CLOSING: Final = "closing"
 
@@ -58,6 +60,7 @@ class StreamStatistics:
     dials_failed: int = 0
     accepted: int = 0
     accepts_failed: int = 0  # handshakes that failed, and connections beyond the bounds
+    knocks: int = 0  # closed before a word was said
     connections_lost: int = 0  # other than by agreement
     protocol_errors: int = 0
     calls_opened: int = 0
@@ -131,6 +134,7 @@ class Connection:
         self._room: trio.Event | None = None
         self._write_scope = trio.CancelScope(shield=True)
         self._heard_s = trio.current_time()
+        self._doubt = trio.CancelScope()
         self._token = 0
         self._pings: dict[int, trio.Event] = {}
         self._asked: dict[int, OutgoingCall] = {}
@@ -168,6 +172,13 @@ class Connection:
         if self.lost is None:
             self.mux.goaway(reason)
             self._wake.set()
+
+    def doubt(self) -> None:
+        """The network under it changed: ask the peer now, and wait for `DOUBT_DEADLINE_S` only.
+
+        TCP notices by itself neither that an address of ours is gone nor that one of the peer's is.
+        """
+        self._doubt.cancel()
 
     async def ping(self) -> float:
         """Round trip in seconds. Raises StreamLost."""
@@ -369,13 +380,15 @@ class Connection:
             self._lose(f"no HELLO within {config.dial_deadline_s:g} s")
             return
         while True:
-            await trio.sleep_until(self._heard_s + config.ping_interval_s)
+            with self._doubt:
+                await trio.sleep_until(self._heard_s + config.ping_interval_s)
+            is_doubted, self._doubt = self._doubt.cancel_called, trio.CancelScope()
             asked_s = trio.current_time()
-            if asked_s - self._heard_s < config.ping_interval_s:
+            if asked_s - self._heard_s < config.ping_interval_s and not is_doubted:
                 continue
             self.mux.ping(_PULSE_TOKEN)
             self._wake.set()
-            await trio.sleep(config.ping_deadline_s)
+            await trio.sleep(DOUBT_DEADLINE_S if is_doubted else config.ping_deadline_s)
             if self._heard_s < asked_s:
                 self._lose(f"the peer was silent for {trio.current_time() - self._heard_s:.0f} s")
                 return

@@ -8,7 +8,7 @@ is closed once the calls on it are done (decision 0006).
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +32,7 @@ from meshd.shell.stream_errors import (
     StreamLost,
 )
 from meshd.shell.tls import peer_node
+from meshd.shell.witness import WITNESS_BYTE, first_byte
 from meshd_cms.types import Epoch, NodeId, Value, node_id_short
 from meshd_plugins.api import Logger
 
@@ -81,6 +82,7 @@ class PeerStreams:
         on_gossip: called with sender, its epoch and the message; must not block.
         load: this node's load, sent with every final frame.
         on_load: called with a peer and the load its reply carried.
+        witness: carries an accepted connection that is a witness stream, to its end.
         log: bound logger.
     """
 
@@ -95,6 +97,7 @@ class PeerStreams:
         load: Callable[[], Value],
         log: Logger,
         on_load: Callable[[NodeId, Value], None] | None = None,
+        witness: Callable[[trio.SocketStream], Awaitable[None]] | None = None,
     ) -> None:
         self.config = config
         self.statistics = StreamStatistics()
@@ -107,6 +110,7 @@ class PeerStreams:
         self._me = identity.node_id
         self._epoch = Epoch(epoch)
         self._on_load = on_load
+        self._witness = witness
         self._handshakes = 0
         self._connections: dict[Connection, _Dial | None] = {}  # all; the dial until it is up
         self._preferred: dict[NodeId, Connection] = {}  # the one that new calls go to
@@ -147,15 +151,32 @@ class PeerStreams:
             return
         self._handshakes += 1
         try:
-            connection = await self._secure(stream, None, dialed=False)
+            first = None
+            with trio.move_on_after(self.config.dial_deadline_s):
+                first = await first_byte(stream)
+            if first is None:
+                raise PeerUnreachable("nothing was said in time")
+            if not first or first == WITNESS_BYTE:
+                connection = None
+            else:
+                connection = await self._secure(stream, None, dialed=False)
         except PeerUnreachable as error:
             self.statistics.accepts_failed += 1
             self.log.warning("peer.rejected", code=error.code, reason=error.message)
+            await trio.aclose_forcefully(stream)
             return
         finally:
             self._handshakes -= 1
-        self.statistics.accepted += 1
-        await self._carry(connection, None)
+        if connection is not None:
+            self.statistics.accepted += 1
+            await self._carry(connection, None)
+        elif first and self._witness is not None:
+            await self._witness(stream)
+        else:
+            self.statistics.knocks += (
+                1  # closed without a word: somebody looked whether we are here
+            )
+            await trio.aclose_forcefully(stream)
 
     async def _dial(self, dial: _Dial) -> None:
         self.statistics.dials += 1
@@ -301,6 +322,20 @@ class PeerStreams:
         self._epoch = Epoch(epoch)
         for connection in tuple(self._connections):
             connection.goaway("epoch_raised")
+
+    def moved(self, node: NodeId) -> None:
+        """A peer is reached elsewhere now: new calls dial it there; those in flight go on if they can."""
+        for connection in tuple(self._connections):
+            if connection.peer == node:
+                if self._preferred.get(node) is connection:
+                    del self._preferred[node]
+                connection.goaway("moved")
+                connection.doubt()
+
+    def doubt(self) -> None:
+        """The network of this node changed: ask on every connection whether it still carries."""
+        for connection in tuple(self._connections):
+            connection.doubt()
 
     def connected(self) -> tuple[NodeId, ...]:
         """The peers there is a connection with, sorted."""
