@@ -20,10 +20,11 @@ from meshd_cms.errors import (
     StoreError,
     ValueTooLarge,
 )
-from meshd_cms.soft import Reading, SoftConfig, SoftItem, SoftState
+from meshd_cms.soft import Reading, SoftConfig, SoftItem, SoftState, SoftTold
 from meshd_cms.store import Store
 from meshd_cms.types import (
     ENTRY_BYTES_MAX,
+    EPOCH_MAX,
     HEAD_BYTES_MAX,
     RUMOUR_BYTES_MAX,
     Applied,
@@ -53,6 +54,7 @@ from meshd_cms.types import (
 
 __all__ = [
     "ENTRY_BYTES_MAX",
+    "EPOCH_MAX",
     "HEAD_BYTES_MAX",
     "RUMOUR_BYTES_MAX",
     "Applied",
@@ -81,6 +83,7 @@ __all__ = [
     "SoftConfig",
     "SoftItem",
     "SoftState",
+    "SoftTold",
     "Store",
     "StoreConfig",
     "StoreError",

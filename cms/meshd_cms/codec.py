@@ -1,4 +1,4 @@
-"""Deltas, digests and soft items to and from tuples that msgpack carries.
+"""Deltas, digests and soft readings to and from tuples that msgpack carries.
 
 The owner's id is not on the wire beside its public key: it is the key's hash. Decoders check types, exact
 lengths and ranges, bound every list, and raise `CodecError` and nothing else; what a delta *claims* is
@@ -13,11 +13,12 @@ from typing import Final, cast
 from meshd_cms.entries import Wire, checked_value, entry_wire, pack_value
 from meshd_cms.errors import CodecError, InvalidValue
 from meshd_cms.packing import pack
-from meshd_cms.soft import SOFT_KEY_BYTES_MAX, SOFT_VALUE_BYTES_MAX, SoftItem
+from meshd_cms.soft import SOFT_KEY_BYTES_MAX, SOFT_VALUE_BYTES_MAX, SoftTold
 from meshd_cms.types import (
     COUNTER_MAX,
     ENTRIES_MAX,
     ENTRY_BYTES_MAX,
+    EPOCH_MAX,
     KEY_BYTES_MAX,
     LIVE_DIGEST_BYTES,
     NODE_ID_BYTES,
@@ -34,7 +35,7 @@ from meshd_cms.types import (
 )
 
 DIGEST_LINES_MAX: Final = 4096
-AGE_S_MAX: Final = 1e9
+AGE_MS_MAX: Final = 10**12
 
 
 def _fields(obj: object, count: int, what: str) -> Sequence[object]:
@@ -55,10 +56,14 @@ def _items(obj: object, limit: int, what: str) -> Sequence[object]:
     return items
 
 
-def _counter(obj: object, what: str, least: int = 0) -> int:
-    if not isinstance(obj, int) or isinstance(obj, bool) or not least <= obj <= COUNTER_MAX:
+def _counter(obj: object, what: str, least: int = 0, most: int = COUNTER_MAX) -> int:
+    if not isinstance(obj, int) or isinstance(obj, bool) or not least <= obj <= most:
         raise CodecError(f"{what} is not a counter")
     return obj
+
+
+def _epoch(obj: object) -> Epoch:
+    return Epoch(_counter(obj, "an epoch", 1, EPOCH_MAX))
 
 
 def _bytes(obj: object, size: int, what: str) -> bytes:
@@ -112,7 +117,7 @@ def unpack_delta(obj: object) -> Delta:
     )
     public_key = _bytes(key, PUBLIC_KEY_BYTES, "a public key")
     owner = node_id_of(public_key)
-    epoch = Epoch(_counter(epoch_, "an epoch", 1))
+    epoch = _epoch(epoch_)
     head = Head(
         owner,
         epoch,
@@ -156,29 +161,25 @@ def unpack_digest(obj: object) -> tuple[DigestLine, ...]:
             raise CodecError("a digest names an owner twice")
         lines[owner] = DigestLine(
             owner,
-            Epoch(_counter(epoch, "an epoch", 1)),
+            _epoch(epoch),
             Version(_counter(max_version, "a maximal version")),
             Version(_counter(floor, "a floor")),
         )
     return tuple(lines.values())
 
 
-def pack_soft(item: SoftItem) -> Wire:
-    """The soft item as a tuple for msgpack."""
-    return (item.owner, item.epoch, item.sequence, item.key, item.value, item.age_s)
+def pack_soft(told: SoftTold) -> Wire:
+    """The reading as a tuple for msgpack; its age in whole milliseconds."""
+    return (told.sequence, told.key, told.value, round(told.age_s * 1000))
 
 
-def unpack_soft(obj: object) -> SoftItem:
-    """The item that `pack_soft` made.
+def unpack_soft(obj: object) -> SoftTold:
+    """The reading that `pack_soft` made.
 
     Raises:
         CodecError: it is none.
     """
-    owner, epoch, sequence, key, value_, age_s = _fields(obj, 6, "soft item")
-    if isinstance(age_s, bool) or not isinstance(age_s, int | float):
-        raise CodecError("an age is not a number")
-    if not 0 <= age_s <= AGE_S_MAX:  # false for NaN too
-        raise CodecError("an age is not a time")
+    sequence, key, value_, age_ms = _fields(obj, 4, "soft reading")
     value = checked_value(value_)
     try:
         size_bytes = len(pack_value(value))
@@ -186,11 +187,18 @@ def unpack_soft(obj: object) -> SoftItem:
         raise CodecError(str(error)) from error
     if size_bytes > SOFT_VALUE_BYTES_MAX:
         raise CodecError("a soft value is too large")
-    return SoftItem(
-        NodeId(_bytes(owner, NODE_ID_BYTES, "an owner")),
-        Epoch(_counter(epoch, "an epoch", 1)),
+    return SoftTold(
         _counter(sequence, "a sequence number", 1),
         _text(key, SOFT_KEY_BYTES_MAX, "a soft key"),
         value,
-        float(age_s),
+        unpack_age_s(age_ms),
     )
+
+
+def unpack_age_s(age_ms: object) -> float:
+    """An age in seconds, out of whole milliseconds.
+
+    Raises:
+        CodecError: it is none.
+    """
+    return _counter(age_ms, "an age", 0, AGE_MS_MAX) / 1000

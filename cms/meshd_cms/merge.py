@@ -24,6 +24,7 @@ from meshd_cms.types import (
     COUNTER_MAX,
     ENTRIES_MAX,
     ENTRY_BYTES_MAX,
+    EPOCH_MAX,
     KEY_BYTES_MAX,
     LIVE_DIGEST_BYTES,
     Delta,
@@ -60,7 +61,7 @@ def malformed(delta: Delta) -> RejectReason | None:
     head = delta.head
     if head.owner != delta.owner or head.epoch != delta.epoch:
         return RejectReason.MALFORMED
-    if not 1 <= head.epoch <= COUNTER_MAX or len(head.live_digest) != LIVE_DIGEST_BYTES:
+    if not 1 <= head.epoch <= EPOCH_MAX or len(head.live_digest) != LIVE_DIGEST_BYTES:
         return RejectReason.MALFORMED
     if not 0 <= delta.since < delta.until <= head.max_version <= COUNTER_MAX:
         return RejectReason.MALFORMED

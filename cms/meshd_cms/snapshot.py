@@ -22,7 +22,7 @@ from meshd_cms.merge import entry_fits, malformed
 from meshd_cms.packing import pack, unpack
 from meshd_cms.record import Record, extended
 from meshd_cms.types import (
-    COUNTER_MAX,
+    EPOCH_MAX,
     MESH_ID_BYTES,
     NODE_ID_BYTES,
     Delta,
@@ -98,7 +98,7 @@ def _read(obj: object) -> Saved:
         raise CodecError("no mesh id")
     if not isinstance(owner, bytes) or len(owner) != NODE_ID_BYTES:
         raise CodecError("no owner")
-    if not isinstance(epoch, int) or isinstance(epoch, bool) or not 1 <= epoch <= COUNTER_MAX:
+    if not isinstance(epoch, int) or isinstance(epoch, bool) or not 1 <= epoch <= EPOCH_MAX:
         raise CodecError("no epoch")
     if not isinstance(records, list):
         raise CodecError("no records")

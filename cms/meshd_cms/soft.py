@@ -1,7 +1,7 @@
 """Soft state: load and progress. Unversioned, sequence-numbered within an epoch, with an age.
 
 What is true at all times: for each (owner, key) the reading with the highest (epoch, sequence) ever
-seen is held, until it is older than `expire_s`; a reading never becomes younger. Nothing here is
+seen is held, until it is older than `expire_s`; only its owner can say that it still holds. Nothing here is
 signed or relayed through the store: it travels in authenticated datagrams and in replies, straight from
 its owner or with the age it had at the relay. It never touches a version or an incarnation.
 """
@@ -29,8 +29,22 @@ class SoftConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SoftTold:
+    """One reading as its owner itself tells it: whose it is, is who sealed the datagram."""
+
+    sequence: int
+    key: str
+    value: Value
+    age_s: float
+
+    def by(self, owner: NodeId, epoch: Epoch) -> SoftItem:
+        """The reading of this owner, in this life of it."""
+        return SoftItem(owner, epoch, self.sequence, self.key, self.value, self.age_s)
+
+
+@dataclass(frozen=True, slots=True)
 class SoftItem:
-    """One reading as it travels."""
+    """One reading, and whose it is."""
 
     owner: NodeId
     epoch: Epoch
@@ -38,6 +52,11 @@ class SoftItem:
     key: str
     value: Value
     age_s: float  # at the moment of sending, >= 0
+
+    @property
+    def told(self) -> SoftTold:
+        """What the owner itself sends of it."""
+        return SoftTold(self.sequence, self.key, self.value, self.age_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +133,20 @@ class SoftState:
         held[item.key] = _Held(item, now_s - item.age_s)
         self._table[item.owner] = held
         return True
+
+    def renew(
+        self, owner: NodeId, epoch: Epoch, sequence: int, age_s: float, now_s: float
+    ) -> str | None:
+        """The owner says that a reading of this sequence still held, so long ago; returns its key.
+
+        None when that reading is not held (it was never taken, has expired, or gave way to a newer one).
+        """
+        for key, held in self._table.get(owner, {}).items():
+            if (held.item.epoch, held.item.sequence) == (epoch, sequence):
+                measured_at_s = max(held.measured_at_s, now_s - age_s)
+                self._table[owner][key] = _Held(held.item, measured_at_s)
+                return key
+        return None
 
     def read(self, owner: NodeId, key: str, now_s: float) -> Reading | None:
         """The reading with its age, or None when there is none younger than `expire_s`."""

@@ -12,7 +12,7 @@ The invariants of a record are in record.py, the judgement of a delta in merge.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import assert_never
 
@@ -36,6 +36,7 @@ from meshd_cms.types import (
     COUNTER_MAX,
     ENTRIES_MAX,
     ENTRY_BYTES_MAX,
+    EPOCH_MAX,
     HEAD_BYTES_MAX,
     Applied,
     ApplyResult,
@@ -66,7 +67,7 @@ class Store:
     def __init__(
         self, config: StoreConfig, mesh: MeshId, signer: Signer, epoch: Epoch, verify: Verifier
     ) -> None:
-        assert 1 <= epoch <= COUNTER_MAX, "an epoch is at least 1 and fits 63 bits"
+        assert 1 <= epoch <= EPOCH_MAX, "an epoch is at least 1 and fits 48 bits"
         self._config = config
         self._mesh = mesh
         self._signer = signer
@@ -76,6 +77,12 @@ class Store:
         self._verify = verify
         self._records: dict[NodeId, Record] = {}
         self._rebuilds: dict[NodeId, Record | None] = {}  # see the module's third point
+        self._pull_lines: dict[
+            NodeId, DigestLine
+        ] = {}  # of every record; kept by `_put` and `_drop`
+        self._digest: tuple[DigestLine, ...] | None = (
+            None  # the same, sorted; None: to be sorted again
+        )
         self._parked: list[Delta] = []  # oldest first
         self._graveyard: dict[NodeId, Epoch] = {}
         self._updated_at_s: dict[NodeId, float] = {}
@@ -151,11 +158,11 @@ class Store:
         """
         if seen < self._epoch or (seen == self._epoch and not self._epoch_spent):
             return False
-        if seen >= COUNTER_MAX:
+        if seen >= EPOCH_MAX:
             return False
         self._epoch = Epoch(seen + 1)
         self._epoch_spent = False
-        old = self._records.pop(self._owner, None)
+        old = self._drop(self._owner)
         live = [entry for entry in old.by_version() if entry.value is not None] if old else []
         if live:
             entries = [
@@ -183,7 +190,7 @@ class Store:
         record = extended(own, entries, until, unsigned)
         head = replace(unsigned, live_digest=live_digest_of(record.leaves))
         record = replace(record, head=sign_head(self._signer, self._mesh, head))
-        self._records[self._owner] = record
+        self._put(self._owner, record)
         return Delta(self._owner, self._epoch, since, until, tuple(entries), record.head)
 
     # --- reading ----------------------------------------------------------------------------------
@@ -236,14 +243,34 @@ class Store:
 
         It is `line` for every owner, except for a record that is pulled again from 0.
         """
-        return tuple(self._pull_line(owner) for owner in sorted(self._records))
+        if self._digest is None:
+            self._digest = tuple(self._pull_lines[owner] for owner in sorted(self._pull_lines))
+        return self._digest
 
-    def _pull_line(self, owner: NodeId) -> DigestLine:
-        record = self._records[owner]
-        if owner not in self._rebuilds:
-            return record.line
-        rebuild = self._rebuilds[owner]
-        return rebuild.line if rebuild else DigestLine(owner, record.epoch, ZERO, ZERO)
+    def pull_line(self, owner: NodeId) -> DigestLine | None:
+        """The owner's line in `digest`."""
+        return self._pull_lines.get(owner)
+
+    def _put(self, owner: NodeId, record: Record) -> None:
+        """Hold this record of the owner; a rebuild of it is over."""
+        self._records[owner] = record
+        self._rebuilds.pop(owner, None)
+        self._pull_lines[owner] = record.line
+        self._digest = None
+
+    def _rebuild(self, owner: NodeId, record: Record | None) -> None:
+        """Go on reading what is held of the owner, and pull its record again, beyond this part of it."""
+        self._rebuilds[owner] = record
+        epoch = self._records[owner].epoch
+        self._pull_lines[owner] = record.line if record else DigestLine(owner, epoch, ZERO, ZERO)
+        self._digest = None
+
+    def _drop(self, owner: NodeId) -> Record | None:
+        """Hold nothing of the owner; returns what was held."""
+        self._rebuilds.pop(owner, None)
+        self._pull_lines.pop(owner, None)
+        self._digest = None
+        return self._records.pop(owner, None)
 
     def wants(self, lines: Sequence[DigestLine]) -> tuple[NodeId, ...]:
         """The owners of whom a peer with this digest has more than we do, in its order.
@@ -256,11 +283,11 @@ class Store:
     def _wants(self, line: DigestLine) -> bool:
         if line.max_version == 0:
             return False
-        if line.owner not in self._records:
+        ours = self._pull_lines.get(line.owner)
+        if ours is None:
             if line.owner == self._owner:
                 return line.epoch >= self._epoch
             return self._has_room(line.owner) and line.epoch >= self._graveyard.get(line.owner, 0)
-        ours = self._pull_line(line.owner)
         return (line.epoch, line.max_version) > (ours.epoch, ours.max_version)
 
     def _has_room(self, owner: NodeId) -> bool:
@@ -279,18 +306,20 @@ class Store:
         found = cut(record, since, bytes_max)
         return found[0] if found else None
 
-    def deltas_for(self, lines: Sequence[DigestLine], bytes_max: int) -> tuple[Delta, ...]:
+    def deltas_for(
+        self, lines: Sequence[DigestLine], bytes_max: int, among: Iterable[NodeId] | None = None
+    ) -> tuple[Delta, ...]:
         """What a peer with this digest lacks: unknown owners first, then the most stale.
 
-        The encoded sizes of the deltas add up to at most `bytes_max`; what does not fit is cut at
+        With `among`, only owners named there are looked at. The encoded sizes of the deltas add up to at most `bytes_max`; what does not fit is cut at
         versions, newest first. With `bytes_max >= RUMOUR_BYTES_MAX` at least one entry moves.
         """
         theirs = {line.owner: line for line in lines}
         lacking: list[tuple[bool, int, NodeId, Version]] = []
-        for owner, record in self._records.items():
-            line = theirs.get(owner)
-            since = start_for(record, line)
-            if since is not None and owner not in self._rebuilds:
+        for owner in self._records if among is None else among:
+            record, line = self._records.get(owner), theirs.get(owner)
+            since = None if record is None else start_for(record, line)
+            if record is not None and since is not None and owner not in self._rebuilds:
                 lacking.append((line is not None, since - record.max_version, owner, since))
         lacking.sort()
         deltas: list[Delta] = []
@@ -348,13 +377,12 @@ class Store:
         match verdict:
             case Merged(record=record, reset=reset):
                 if rebuilding and held and not _supersedes(record, held):
-                    self._rebuilds[owner] = record
+                    self._rebuild(owner, record)
                     return Applied(owner, (), reset=False)
-                self._rebuilds.pop(owner, None)
-                self._records[owner] = record
+                self._put(owner, record)
                 return Applied(owner, (), reset or rebuilding)
             case Contradicted():
-                self._rebuilds[owner] = None
+                self._rebuild(owner, None)
                 return Rejected(owner, RejectReason.BAD_LIVE_DIGEST)
             case Known() | Parked() | Rejected():
                 return verdict
@@ -411,8 +439,7 @@ class Store:
         Not for ourselves. The same life may come back (a long partition), an earlier one may not.
         """
         assert owner != self._owner, "our own record is never forgotten"
-        record = self._records.pop(owner, None)
-        self._rebuilds.pop(owner, None)
+        record = self._drop(owner)
         self._updated_at_s.pop(owner, None)
         self._confirmed_at_s.pop(owner, None)
         self._parked = [delta for delta in self._parked if delta.owner != owner]
@@ -457,7 +484,7 @@ class Store:
             raise SnapshotError(SnapshotReason.OTHER_MESH)
         if saved.owner != node_id_of(signer.public_key):
             raise SnapshotError(SnapshotReason.OTHER_NODE)
-        if saved.epoch >= COUNTER_MAX:
+        if saved.epoch >= EPOCH_MAX:
             raise SnapshotError(SnapshotReason.MALFORMED, "the last epoch there is")
         store = Store(config, mesh, signer, Epoch(max(saved.epoch + 1, epoch)), verify)
         for delta in saved.records:
@@ -465,7 +492,7 @@ class Store:
                 raise SnapshotError(SnapshotReason.MALFORMED, "an owner twice")
             if not store._has_room(delta.owner):
                 raise SnapshotError(SnapshotReason.TOO_LARGE, "more owners than we may hold")
-            store._records[delta.owner] = proven_record(delta, mesh, verify)
+            store._put(delta.owner, proven_record(delta, mesh, verify))
             store._updated_at_s[delta.owner] = store._confirmed_at_s[delta.owner] = as_of_s
         return store
 

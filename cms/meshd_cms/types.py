@@ -17,7 +17,7 @@ MeshId = NewType("MeshId", bytes)
 """16 bytes; every signature is bound to it, so a record of one mesh proves nothing in another."""
 
 Epoch = NewType("Epoch", int)
-"""One life of a process, >= 1, below 2**63. A restart takes a higher one."""
+"""One life of a process, >= 1, below 2**48. A restart takes a higher one."""
 
 Version = NewType("Version", int)
 """The owner's counter over its whole record within an epoch, >= 1; 0 stands for nothing yet."""
@@ -36,7 +36,8 @@ ENTRY_BYTES_MAX: Final = 1024  # encoded entry with its proof
 KEY_BYTES_MAX: Final = 128  # UTF-8
 VALUE_DEPTH_MAX: Final = 16  # containers in containers
 ENTRIES_MAX: Final = 512  # entries in one record and in one delta, tombstones included
-COUNTER_MAX: Final = 2**63 - 1  # epochs and versions
+COUNTER_MAX: Final = 2**63 - 1  # versions
+EPOCH_MAX: Final = 2**48 - 1  # as milliseconds since 1970, the year 10889
 
 HEAD_BYTES_MAX: Final = 167  # what a delta costs on the wire beside its entries, at most
 RUMOUR_BYTES_MAX: Final = HEAD_BYTES_MAX + ENTRY_BYTES_MAX  # any one-entry delta fits in this

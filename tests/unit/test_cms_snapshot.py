@@ -29,7 +29,7 @@ from meshd_cms.snapshot import (
     unpack_snapshot,
 )
 from meshd_cms.store import Store
-from meshd_cms.types import COUNTER_MAX, Delta, Epoch, MeshId, StoreConfig, Version
+from meshd_cms.types import EPOCH_MAX, Delta, Epoch, MeshId, StoreConfig, Version
 
 
 def filled(epoch: int = 5) -> Store:
@@ -138,7 +138,7 @@ def test_each_kind_of_damage_has_its_reason() -> None:
     assert reason_of(data, config=StoreConfig(owners_max=2)) is SnapshotReason.TOO_LARGE
     assert reason_of(data + bytes(SNAPSHOT_BYTES_MAX)) is SnapshotReason.TOO_LARGE
     assert reason_of(store(1).snapshot()) is SnapshotReason.OTHER_NODE
-    last = store(0, COUNTER_MAX).snapshot()
+    last = store(0, EPOCH_MAX).snapshot()
     assert reason_of(last) is SnapshotReason.MALFORMED
 
 

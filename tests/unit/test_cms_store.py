@@ -25,6 +25,7 @@ from meshd_cms.types import (
     COUNTER_MAX,
     ENTRIES_MAX,
     ENTRY_BYTES_MAX,
+    EPOCH_MAX,
     HEAD_BYTES_MAX,
     KEY_BYTES_MAX,
     RUMOUR_BYTES_MAX,
@@ -91,7 +92,7 @@ def test_a_value_too_large_names_key_size_and_limit_and_changes_nothing() -> Non
 
 
 def test_the_largest_entry_fits_a_rumour_of_the_stated_size() -> None:
-    one = store(0, COUNTER_MAX)
+    one = store(0, EPOCH_MAX)
     size = ENTRY_BYTES_MAX
     delta = None
     while delta is None:
@@ -264,7 +265,7 @@ def test_learning_an_epoch_that_is_not_above_ours_changes_nothing() -> None:
     before = one.line(one.owner)
     assert not one.learn_epoch(Epoch(4))
     assert not one.learn_epoch(Epoch(5))
-    assert not one.learn_epoch(Epoch(COUNTER_MAX))
+    assert not one.learn_epoch(Epoch(EPOCH_MAX))
     assert (one.epoch, one.line(one.owner)) == (5, before)
 
 

@@ -120,7 +120,9 @@ class Claims:
             # Late words of one who went, or a leave that it never told: it says which, once it hears of it.
             context.count("dropped_left")
             context.send(peer, [Claim(last, merged=False)])
-            for one in messages:  # whoever brings it, what is believed of ourselves must not go unanswered
+            for one in (
+                messages
+            ):  # whoever brings it, what is believed of ourselves must not go unanswered
                 if isinstance(one, Claim) and one.update.node == context.me.node:
                     self.on_claim(one, sender, peer)
             return False

@@ -2,7 +2,17 @@
 
 Invariants: at most one join a seed is under way; retries back off and never end while we are alone; a seed
 where a live member is known is left in peace; joins are answered at a bounded rate, and who comes too
-soon is told when to come again rather than refused.
+soon is told when to come again rather than refused; one node cannot use up what is there for all.
+
+An answer has two parts. The welcome is one datagram, and every joiner gets it: our own claim, and those of a few
+other members, chosen by chance. What is held of all the others, and the records, follow while there is
+room in what we answer with at all (`Repair.may_answer`); otherwise the joiner asks one of those members for it, a
+moment later. So when many join by one seed at once, the seed sends a datagram or two to each, its rumours
+tell the members of the joiners, and the work of telling the joiners of the members is everybody's.
+
+Counted: `joins_sent`, `joins_answered`, `joins_referred` (those whose tables others have to tell),
+`joins_put_off`, `joins_excess` (dropped: far more than a node that starts sends), `join_answer_unexpected`,
+`seed_overflow`.
 """
 
 from __future__ import annotations
@@ -11,14 +21,21 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
+from meshd.core.allowance import Allowance, Allowances
 from meshd.core.context import Context, Peer
 from meshd.core.effects import Address
 from meshd.core.events import MeshJoined, SeedUnreachable
+from meshd.core.offences import Offence
 from meshd.core.repair import Repair
 from meshd.core.timers import Timer
 from meshd.core.wire import Claim, Join, JoinAnswer, JoinLater, Message
 from meshd_cms.types import NodeId
+
+_WELCOME_MEMBERS: Final = 4  # told of in a welcome
+_JOINS_PER_S: Final = 1.0  # of one node: it doubles the time between its own tries
+_JOINS_BURST: Final = 8.0
 
 
 @dataclass(slots=True)
@@ -35,8 +52,9 @@ class Joining:
         self._context = context
         self._repair = repair
         self._seeds: OrderedDict[Address, _Seed] = OrderedDict()
-        self._allowance = float(context.config.join_answers_burst)  # joins that may be answered now
-        self._allowed_s = 0.0  # when the allowance was last counted
+        config = context.config
+        self._allowance = Allowance(config.join_answers_per_s, config.join_answers_burst)
+        self._allowances = Allowances(_JOINS_PER_S, _JOINS_BURST, config.members_max)
 
     def contact(self, addresses: Sequence[Address]) -> None:
         """Join by these addresses, each at once unless it is being tried already."""
@@ -66,30 +84,48 @@ class Joining:
     def on_join(self, join: Join, peer: Peer) -> bool:
         """Answer a join; False when the rest of its payload is better left for the next time."""
         context, config = self._context, self._context.config
-        gained = (context.now_s - self._allowed_s) * config.join_answers_per_s
-        self._allowance = min(float(config.join_answers_burst), self._allowance + gained)
-        self._allowed_s = context.now_s
-        if self._allowance < 1.0:
+        assert peer.node is not None
+        if not self._allowances.of(peer.node).take(context.now_s):
+            context.count("joins_excess")
+            context.offend(peer.node, Offence.JOINS_EXCESS)
+            return False
+        if not self._allowance.take(context.now_s):
             context.count("joins_put_off")
-            # Spread over the time in which all that came just now can be served.
-            wait_s = context.rng.uniform(1.0, 2.0) * config.join_answers_burst
+            # Spread over the time in which as many more can be answered.
+            wait_s = context.rng.uniform(0.5, 1.5) * config.join_answers_burst
             context.send(peer, [JoinLater(join.token, wait_s / config.join_answers_per_s)])
             return False
-        self._allowance -= 1.0
-        context.count("joins_answered")
-        context.send(peer, [JoinAnswer(join.token), Claim(context.own_update(), merged=False)])
-        return True
+        others = context.members.sample(_WELCOME_MEMBERS, peer.node)
+        is_whole = self._repair.may_answer() or not others
+        context.count("joins_answered" if is_whole else "joins_referred")
+        welcome: list[Message] = [
+            JoinAnswer(join.token, is_whole),
+            Claim(context.own_update(), merged=False),
+            *(Claim(other.update, merged=True) for other in others),
+        ]
+        context.send(peer, welcome)
+        return is_whole
 
     def on_answer(self, answer: JoinAnswer, sender: NodeId) -> None:
         """A seed answered."""
+        context = self._context
         found = self._find(answer.token)
         if found is None:
-            self._context.count("join_answer_unexpected")
+            context.count("join_answer_unexpected")
             return
         address, seed = found
         seed.attempts = 0
-        self._retry(address, seed, self._context.config.seed_recheck_s)
-        self._context.notify(MeshJoined(sender, address))
+        self._retry(address, seed, context.config.seed_recheck_s)
+        context.notify(MeshJoined(sender, address))
+        if not answer.is_whole:
+            least_s = context.config.pull_delay_s
+            due_s = context.now_s + context.rng.uniform(least_s, 4 * least_s)
+            context.timers.at(due_s, partial(self._ask_another, sender))
+
+    def _ask_another(self, seed: NodeId) -> None:
+        """The seed is busy: have another member tell us of the mesh."""
+        for member in self._context.members.sample(1, seed):
+            self._repair.exchange(member)
 
     def on_later(self, later: JoinLater) -> None:
         """A seed is busy: it lives, and said when to come again."""

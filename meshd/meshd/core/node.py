@@ -37,6 +37,7 @@ from meshd.core.wire import (
     Ack,
     Claim,
     Digest,
+    Interest,
     Join,
     JoinAnswer,
     JoinLater,
@@ -47,6 +48,8 @@ from meshd.core.wire import (
     Pull,
     Record,
     Soft,
+    SoftStill,
+    Summary,
     View,
     decode,
 )
@@ -161,6 +164,13 @@ class NodeCore:
         self._soft.observe(SoftItem(owner, epoch, seq, key, value, age_s))
         return self._context.take_effects()
 
+    def interested(self, owners: Sequence[NodeId], now_s: float) -> tuple[Effect, ...]:
+        """We route to these owners: in a large mesh, have them tell us their readings for a while."""
+        self._at(now_s)
+        if not self._context.leaving:
+            self._soft.interested(owners)
+        return self._context.take_effects()
+
     def update_address(self, address: Address, now_s: float) -> tuple[Effect, ...]:
         """This node is reached elsewhere now: a new incarnation tells everybody."""
         context = self._context
@@ -221,6 +231,21 @@ class NodeCore:
             peer = Peer(sender, member.address if member is not None and known else source)
             if self._claims.on_sender(peer, sender, sender_epoch, messages):
                 self._dispatch(messages, sender, sender_epoch, peer)
+        return context.take_effects()
+
+    def old_epoch(
+        self, sender: NodeId, sender_epoch: int, source: Address, now_s: float
+    ) -> tuple[Effect, ...]:
+        """An authentic datagram of an earlier life: tell it of the later one, and do nothing else.
+
+        It may be replayed, so nothing that it says counts. A node that lost its epoch learns it by this.
+        """
+        context = self._context
+        self._at(now_s)
+        last = context.members.last_word(sender)
+        if last is not None and sender_epoch < last.epoch and not context.leaving:
+            context.count("old_epochs_told")
+            context.send(Peer(sender, source), [Claim(last, merged=False)])
         return context.take_effects()
 
     def stream_pinged(self, token: int, ok: bool, now_s: float) -> tuple[Effect, ...]:
@@ -363,11 +388,10 @@ class NodeCore:
                     self._joining.on_answer(message, sender)
                 case JoinLater():
                     self._joining.on_later(message)
-                case Soft(item):
-                    if item.owner == sender and item.epoch == sender_epoch:
-                        self._soft.observe(item)
-                    else:
-                        self._context.count("soft_not_by_owner")
+                case Summary():
+                    self._repair.on_summary(message, peer)
+                case Soft() | SoftStill() | Interest():
+                    self._soft.on_message(message, sender_epoch, peer)
                 case _:
                     assert_never(message)
         member = self._context.members.get(sender)
@@ -377,7 +401,7 @@ class NodeCore:
             match message:
                 case Ping(heartbeat=heartbeat):
                     self._repair.on_heartbeat(heartbeat, member)
-                case Ack(subject=subject, heartbeat=heartbeat) if subject == sender:
+                case Ack(subject=None, heartbeat=heartbeat):
                     self._repair.on_heartbeat(heartbeat, member)
                 case _:
                     pass

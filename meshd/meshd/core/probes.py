@@ -67,7 +67,7 @@ class Prober:
         rumours: Rumours,
         failed: Callable[[NodeId, float], None],
         answered: Callable[[NodeId], None],
-        extras: Callable[[], Sequence[Message]],
+        extras: Callable[[Peer], Sequence[Message]],
     ) -> None:
         self._context = context
         self._rumours = rumours
@@ -76,6 +76,7 @@ class Prober:
         self._extras = extras
         self._ring: list[NodeId] = []
         self._next = 0
+        self._round_timer: Timer | None = None
         self._successor_is_next = context.rng.random() < 0.5
         self._probes: dict[int, _Probe] = {}
         self._relays: dict[int, _Relay] = {}
@@ -86,7 +87,7 @@ class Prober:
         context, config = self._context, self._context.config
         first_s = context.now_s + context.rng.uniform(0, config.probe_interval_s)
         dead_s = context.now_s + context.rng.uniform(0, config.dead_probe_interval_s)
-        context.timers.at(first_s, self._round)
+        self._round_timer = context.timers.at(first_s, self._round)
         context.timers.at(dead_s, self._try_dead)
 
     def enlist(self, node: NodeId) -> None:
@@ -142,23 +143,24 @@ class Prober:
     def on_ping(self, ping: Ping, peer: Peer) -> None:
         """Answer, if it is for us; an address may have had another holder."""
         context = self._context
-        if ping.target != context.me.node:
+        if not ping.is_for(context.me.node):
             context.count("ping_for_another")
             return
-        ack = Ack(ping.sequence, context.me.node, context.heartbeat())
-        self._rumours.send(peer, [ack, *self._extras()])
+        ack = Ack(ping.sequence, None, context.heartbeat().answering(ping.heartbeat))
+        self._rumours.send(peer, [ack, *self._extras(peer)])
 
     def on_ack(self, ack: Ack, sender: NodeId) -> None:
         """A probe of ours is answered, or one that we make for another."""
         context = self._context
+        subject = sender if ack.subject is None else ack.subject
         relay = self._relays.get(ack.sequence)
-        if relay is not None and relay.target == sender == ack.subject:
+        if relay is not None and relay.target == sender == subject:
             del self._relays[ack.sequence]
             relay.timer.cancel()
-            context.send(relay.requester, [Ack(relay.sequence, ack.subject, ack.heartbeat)])
+            context.send(relay.requester, [Ack(relay.sequence, subject, ack.heartbeat)])
             return
         probe = self._probes.get(ack.sequence)
-        if probe is None or probe.node != ack.subject:
+        if probe is None or probe.node != subject:
             context.count("ack_unexpected")
             return
         member = context.members.get(probe.node)
@@ -212,8 +214,9 @@ class Prober:
         member = member or self._next_member()
         if member is not None:
             self.probe(member)
+        # The ill wait longer, unless this probe is answered: see `_answered`.
         interval_s = context.config.probe_interval_s * context.health.factor
-        context.timers.at(context.now_s + interval_s, self._round)
+        self._round_timer = context.timers.at(context.now_s + interval_s, self._round)
 
     def _successor(self) -> Member | None:
         """Who follows us in the ring of ids; the suspected are others' work already."""
@@ -263,7 +266,7 @@ class Prober:
             # It may have been away while we changed: it has to know who asks.
             self._context.send(peer, [*messages, Claim(self._context.own_update(), merged=False)])
         else:
-            self._rumours.send(peer, [*messages, *self._extras()])
+            self._rumours.send(peer, [*messages, *self._extras(peer)])
 
     def _ask_others(self, sequence: int) -> None:
         context, probe = self._context, self._probes[sequence]
@@ -293,9 +296,14 @@ class Prober:
             self._failed(probe.node, context.now_s - probe.started_s)
 
     def _answered(self, sequence: int) -> None:
-        probe = self._probes.pop(sequence)
+        context, probe = self._context, self._probes.pop(sequence)
         probe.timer.cancel()
-        self._context.health.better()
+        context.health.better()
+        # Who is answered need not wait as the ill do, or it would be ill for a minute after a cut.
+        next_s = max(context.now_s, probe.started_s + context.config.probe_interval_s)
+        if self._round_timer is not None and self._round_timer.due_s > next_s:
+            self._round_timer.cancel()
+            self._round_timer = context.timers.at(next_s, self._round)
 
     def _nack(self, sequence: int) -> None:
         context, relay = self._context, self._relays[sequence]

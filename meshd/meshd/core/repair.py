@@ -7,27 +7,42 @@ Three things start a repair:
 
 * a gap: a rumour names the version before it; when that is missing here, it is pulled from who told us, after
   a moment in which the gap may close by itself. A ping or ack names its sender's own version, too.
-* a hash: pings and acks carry the state hash. When it differs from ours `hash_mismatches` times in a row,
-  though ours has been at rest, digests are exchanged with that peer.
+* a hash: pings and acks carry the state hash. When it differs from ours, though ours has been at rest for
+  `hash_settle_s`, and ours is still the same a moment later, we begin an exchange with that peer. In that
+  moment a rumour that is under way arrives, so a mesh in which all is well begins no exchanges; and a
+  rumour that was missed is mended after one heartbeat.
 * the clock: every `anti_entropy_interval_s`, with a random live peer, whatever the hashes say.
 
-An exchange sends two tables, each cut into ranges of node ids that fit a datagram: a *view* (what we believe
-of each node) and a *digest* (what we hold of each record). The peer answers with the claims and deltas that
-we lack and asks, in the same way, for what it lacks. What would take more than `sync_datagrams_max` datagrams
-goes over the stream. (van Renesse, Dumitriu, Gough, Thomas, "Efficient Reconciliation and Flow Control for
-Anti-Entropy Protocols", 2008.)
+An exchange begins with a *summary*: hashes of what is held, a bucket of node ids each (buckets.py). Where
+its own differ, the peer answers with two tables: a *view* (what it believes of each node) and a *digest* (what
+it holds of each record). We send the claims and deltas that it lacks, and ask for those that we lack. So
+equal nodes spend one datagram, and nodes that differ in one place about two each way, in a mesh of any
+size. Who joins has next to nothing, and sends its tables at once. What would take more than
+`sync_datagrams_max` datagrams goes over the stream. (van Renesse, Dumitriu, Gough, Thomas, "Efficient
+Reconciliation and Flow Control for Anti-Entropy Protocols", 2008; decision 0014.)
+
+Counted: `hash_mismatches` (heartbeats that differ from ours at rest), `hash_repairs` (those confirmed, and an
+exchange begun), `hash_mismatches_passed` (those that news explained), `exchanges` (begun, for any reason),
+`summaries_equal` and `summaries_different` (received), `answers_excess` (not sent, being over the bound),
+`pulls`, `pull_overflow`, `records_applied`, `records_repaired`, `records_parked`, `record_ghost`,
+`record_rejected_<reason>`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, assert_never
 
+from meshd.core.allowance import Allowance, Allowances
+from meshd.core.buckets import FIRST_ID, LAST_ID, Tokens, buckets_for
 from meshd.core.context import Context, Peer
 from meshd.core.dissemination import Rumours
 from meshd.core.events import RecordChanged
 from meshd.core.membership import Member, Update
+from meshd.core.offences import Offence
+from meshd.core.tables import Tables, differing, lines_per_table
 from meshd.core.timers import Timer
 from meshd.core.wire import (
     Claim,
@@ -36,10 +51,12 @@ from meshd.core.wire import (
     Message,
     Pull,
     Record,
+    Summary,
     View,
     ViewLine,
     encode,
     payload_bytes,
+    payloads_of,
 )
 from meshd_cms.types import (
     RUMOUR_BYTES_MAX,
@@ -51,15 +68,29 @@ from meshd_cms.types import (
     OwnEpochSeen,
     Parked,
     Rejected,
+    RejectReason,
     Version,
 )
 
-FIRST_ID: Final = NodeId(bytes(16))
-LAST_ID: Final = NodeId(b"\xff" * 16)
-_LINE_BYTES: Final = 46  # of a digest line, the longer of the two kinds, at most
-_TABLE_BYTES: Final = 64  # of a digest or view beside its lines, with the envelope
+_ENVELOPE_BYTES: Final = 64  # of a table or records beside their lines, at most
 _RECORD_BYTES: Final = 16  # of a record message beside its delta, with the envelope
 _UNKNOWN_EPOCH: Final = Epoch(1)
+ANSWERS_PER_S: Final = 256.0
+"""Datagrams with tables and records that we answer with, to all; a stream counts as an answer's most."""
+ANSWERS_BURST: Final = 1024.0
+PEER_ANSWERS_PER_S: Final = 16.0
+"""The same to one node. A few bytes ask for kilobytes, and can be replayed by who has no key."""
+PEER_ANSWERS_BURST: Final = 64.0
+_CONFIRM_SHARE: Final = 0.375  # of hash_settle_s: what a rumour under way may still take, and more
+_PULLS_UNFOUNDED: Final = 8  # of one announced version in vain: more than loss explains
+_SENDERS_FAULT: Final = (
+    RejectReason.MALFORMED,
+    RejectReason.BAD_KEY,
+    RejectReason.BAD_HEAD_SIGNATURE,
+    RejectReason.BAD_ENTRY_SIGNATURE,
+    RejectReason.TOO_MANY_ENTRIES,
+)
+"""What no honest node passes on: it has checked the same before it took the record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +100,15 @@ class _Wanted:
     peer: Peer
     epoch: int
     until: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Doubt:
+    """A heartbeat that differed, and that is looked at again in a moment."""
+
+    node: NodeId
+    state_hash: bytes  # ours
+    timer: Timer
 
 
 class Repair:
@@ -88,9 +128,17 @@ class Repair:
         self._own_epoch_seen = own_epoch_seen
         self._wanted: dict[NodeId, _Wanted] = {}
         self._pull_timer: Timer | None = None
-        self._mismatches = 0
+        self._doubt: _Doubt | None = None
         self._exchanged_s = float("-inf")
-        lines = (context.config.datagram_payload_bytes_max - _TABLE_BYTES) // _LINE_BYTES
+        self._answers = Allowance(ANSWERS_PER_S, ANSWERS_BURST)
+        self._answers_to = Allowances(
+            PEER_ANSWERS_PER_S, PEER_ANSWERS_BURST, context.config.members_max
+        )
+        self._tokens = Tokens()
+        self._in_vain: dict[
+            NodeId, tuple[tuple[int, int], int]
+        ] = {}  # (epoch, version), pulls of it
+        lines = lines_per_table(context.config.datagram_payload_bytes_max)
         assert lines >= 1, "datagram_payload_bytes_max is too small for a digest"
         assert context.config.datagram_payload_bytes_max >= RUMOUR_BYTES_MAX + _RECORD_BYTES
         self._lines_per_table = lines
@@ -102,44 +150,56 @@ class Repair:
     # -- exchanges --------------------------------------------------------------------------------------
 
     def exchange(self, member: Member) -> None:
-        """Compare everything with a peer, unless one was begun a moment ago."""
+        """Compare everything with a peer, unless that was begun with somebody a moment ago."""
         context = self._context
-        if context.now_s - self._exchanged_s < context.config.exchange_gap_s:
+        if self._gap_left_s() > 0:
             return
         self._exchanged_s = context.now_s
-        self._mismatches = 0
         context.count("exchanges")
-        self.send_tables(Peer(member.node, member.address), [])
+        buckets = buckets_for(context.members.live_count())
+        hashes = Tables(context).summary(self._tokens, buckets)
+        context.send(Peer(member.node, member.address), [Summary(hashes)])
 
     def send_tables(self, peer: Peer, first: Sequence[Message]) -> None:
         """Send `first` and our view and digest, asking for what we lack."""
-        context = self._context
+        context, held = self._context, Tables(self._context)
         tables: list[Message] = [
-            *self._views(FIRST_ID, LAST_ID, answer=True),
-            *self._digests(FIRST_ID, LAST_ID, answer=True),
+            *held.views(FIRST_ID, LAST_ID, answer=True),
+            *held.digests(FIRST_ID, LAST_ID, answer=True),
         ]
-        if peer.node is not None and len(tables) > context.config.sync_datagrams_max:
-            whole: list[Message] = [
-                View(FIRST_ID, LAST_ID, self._view_lines(FIRST_ID, LAST_ID), answer=True),
-                Digest(FIRST_ID, LAST_ID, self._digest_lines(FIRST_ID, LAST_ID), answer=True),
-            ]
-            context.send_stream(peer, [*first, *whole])
-        else:
-            context.send(peer, [*first, *tables[: context.config.sync_datagrams_max]])
+        context.send(peer, [*first, *tables[: context.config.sync_datagrams_max]])
+
+    def may_answer(self) -> bool:
+        """Whether an answer as long as datagrams may carry is within our bound."""
+        context = self._context
+        return self._answers.left(context.now_s) >= context.config.sync_datagrams_max
+
+    def on_summary(self, summary: Summary, peer: Peer) -> None:
+        """Tell the peer what we hold of the buckets that differ."""
+        context, held = self._context, Tables(self._context)
+        ours = held.summary(self._tokens, len(summary.hashes))
+        ranges = differing(ours, summary.hashes)
+        context.count("summaries_different" if ranges else "summaries_equal")
+        tables: list[Message] = []
+        for low, high in ranges:
+            tables += held.views(low, high, answer=True)
+            tables += held.digests(low, high, answer=True)
+        self._send_bulk(peer, tables)
 
     def fetch(self, member: Member) -> None:
         """A newcomer: pull its record, if it has one, from itself.
 
         That is two datagrams a node and newcomer, where rumours of a whole record would be a burst each.
+        When many come at once, who they are is spread first, and their records follow.
         """
         peer = Peer(member.node, member.address)
         self._want(member.node, _Wanted(peer, member.update.epoch, 1))
 
     def on_view(self, view: View, peer: Peer) -> None:
         """Send the claims that the peer lacks; ask for those that we lack."""
-        theirs = {line.node: line for line in view.lines}
+        theirs, held = {line.node: line for line in view.lines}, Tables(self._context)
         claims: list[Message] = []
-        for update in self._updates(view.low, view.high):
+        for update in held.updates(view.low, view.high):
             line = theirs.get(update.node)
             if line is None:
                 if update.state.is_live:
@@ -148,16 +208,12 @@ class Repair:
                 claims.append(Claim(update, merged=True))
         self._send_bulk(peer, claims)
         if view.answer and any(self._knows_better(line) for line in view.lines):
-            self._send_bulk(peer, self._views(view.low, view.high, answer=False))
+            self._send_bulk(peer, held.views(view.low, view.high, answer=False))
 
     def on_digest(self, digest: Digest, peer: Peer) -> None:
         """Send the deltas that the peer lacks; pull those that we lack."""
-        outside = [
-            line
-            for line in self._context.store.digest()
-            if not digest.low <= line.owner <= digest.high
-        ]
-        self._send_deltas(peer, [*digest.lines, *outside])
+        held = Tables(self._context).digest_lines(digest.low, digest.high)
+        self._send_deltas(peer, digest.lines, [line.owner for line in held])
         if digest.answer:
             wanted = set(self._context.store.wants(digest.lines))
             for line in digest.lines:
@@ -166,9 +222,7 @@ class Repair:
 
     def on_pull(self, pull: Pull, peer: Peer) -> None:
         """Send what the peer lacks of exactly these owners."""
-        asked = {line.owner for line in pull.lines}
-        others = [line for line in self._context.store.digest() if line.owner not in asked]
-        self._send_deltas(peer, [*pull.lines, *others])
+        self._send_deltas(peer, pull.lines, [line.owner for line in pull.lines])
 
     # -- records ----------------------------------------------------------------------------------------
 
@@ -197,6 +251,8 @@ class Repair:
                 self._want(owner, _Wanted(peer, delta.epoch, delta.until))
             case Rejected(_, reason):
                 context.count(f"record_rejected_{reason.value}")
+                if reason in _SENDERS_FAULT:
+                    context.offend(sender, Offence.RECORD_REJECTED)
             case OwnEpochSeen(epoch):
                 self._own_epoch_seen(epoch)
             case _:
@@ -212,15 +268,58 @@ class Repair:
         told = (int(member.update.epoch), int(heartbeat.version))
         if held == told:
             context.store.confirm(member.node, context.now_s)
+            self._in_vain.pop(member.node, None)
         elif heartbeat.version > 0 and told > held:
+            self._note_announced(member.node, told)
             self._want(member.node, _Wanted(Peer(member.node, member.address), *told))
-        if heartbeat.state_hash == context.state_hash():
-            self._mismatches = 0
+        ours = context.state_hash()
+        if heartbeat.state_hash in (None, ours):
+            if self._doubt is not None and self._doubt.node == member.node:
+                self._end_doubt()
         elif context.hash_age_s() >= context.config.hash_settle_s:
-            self._mismatches += 1
-            if self._mismatches >= context.config.hash_mismatches:
-                context.count("hash_repairs")
-                self.exchange(member)
+            context.count("hash_mismatches")
+            if self._doubt is None:
+                most_s = _CONFIRM_SHARE * context.config.hash_settle_s
+                due_s = context.now_s + most_s * context.rng.uniform(0.75, 1.0)
+                timer = context.timers.at(due_s, self._confirm)
+                self._doubt = _Doubt(member.node, ours, timer)
+
+    def _confirm(self) -> None:
+        """The moment is over: if no news has come, something was missed."""
+        context, doubt = self._context, self._doubt
+        assert doubt is not None
+        left_s = self._gap_left_s()
+        if left_s > 0:
+            timer = context.timers.at(context.now_s + left_s, self._confirm)
+            self._doubt = _Doubt(doubt.node, doubt.state_hash, timer)
+            return
+        self._doubt = None
+        member = context.members.get(doubt.node)
+        if context.state_hash() != doubt.state_hash:
+            context.count("hash_mismatches_passed")
+        elif member is not None and member.is_live:
+            context.count("hash_repairs")
+            self.exchange(member)
+
+    def _end_doubt(self) -> None:
+        assert self._doubt is not None
+        self._doubt.timer.cancel()
+        self._doubt = None
+
+    def _gap_left_s(self) -> float:
+        """How long until an exchange may begin."""
+        context = self._context
+        return self._exchanged_s + context.config.exchange_gap_s - context.now_s
+
+    def _note_announced(self, node: NodeId, told: tuple[int, int]) -> None:
+        """A version of its own record that we lack; told again and again, it may not exist."""
+        before, pulls = self._in_vain.get(node, (told, 0))
+        pulls = pulls + 1 if before == told else 1
+        if pulls >= _PULLS_UNFOUNDED:
+            self._context.offend(node, Offence.VERSION_UNFOUNDED)
+        self._in_vain[node] = (told, pulls)
+        if len(self._in_vain) > self._context.config.members_max:
+            del self._in_vain[next(iter(self._in_vain))]
 
     # -- the rest ---------------------------------------------------------------------------------------
 
@@ -263,10 +362,10 @@ class Repair:
 
     def _pull(self) -> None:
         context, self._pull_timer = self._context, None
-        held = {line.owner: line for line in context.store.digest()}
         by_peer: dict[Peer, list[DigestLine]] = {}
         for owner, wanted in self._wanted.items():
-            line = held.get(owner, DigestLine(owner, _UNKNOWN_EPOCH, Version(0), Version(0)))
+            held = context.store.pull_line(owner)
+            line = held or DigestLine(owner, _UNKNOWN_EPOCH, Version(0), Version(0))
             if (line.epoch, line.max_version) < (wanted.epoch, wanted.until):
                 by_peer.setdefault(wanted.peer, []).append(line)
         self._wanted.clear()
@@ -275,14 +374,16 @@ class Repair:
             for start in range(0, len(lines), self._lines_per_table):
                 context.send(peer, [Pull(tuple(lines[start : start + self._lines_per_table]))])
 
-    def _send_deltas(self, peer: Peer, lines: Sequence[DigestLine]) -> None:
+    def _send_deltas(
+        self, peer: Peer, lines: Sequence[DigestLine], among: Sequence[NodeId]
+    ) -> None:
         """In datagrams, if few are enough, otherwise as much as one stream payload holds."""
         context = self._context
         bytes_max = context.config.datagram_payload_bytes_max - _RECORD_BYTES
         theirs = {line.owner: line for line in lines}
         messages: list[Message] = []
         for _ in range(context.config.sync_datagrams_max):
-            deltas = context.store.deltas_for(list(theirs.values()), bytes_max)
+            deltas = context.store.deltas_for(tuple(theirs.values()), bytes_max, among)
             if not deltas:
                 self._send_bulk(peer, messages)
                 return
@@ -290,73 +391,52 @@ class Repair:
                 messages.append(Record(delta, rumour=False))
                 floor = delta.head.floor
                 theirs[delta.owner] = DigestLine(delta.owner, delta.epoch, delta.until, floor)
-        if peer.node is None:
+        if not self._may_stream(peer):
             self._send_bulk(peer, messages)
             return
-        stream_bytes = context.config.stream_payload_bytes_max - _TABLE_BYTES
+        stream_bytes = context.config.stream_payload_bytes_max - _ENVELOPE_BYTES
         # Each record costs a few bytes beside its delta: leave a sixteenth for that.
-        deltas = context.store.deltas_for(lines, stream_bytes - stream_bytes // 16)
-        context.send_stream(peer, [Record(delta, rumour=False) for delta in deltas])
+        deltas = context.store.deltas_for(lines, stream_bytes - stream_bytes // 16, among)
+        if self._is_granted(peer, context.config.sync_datagrams_max):
+            whole = [Record(delta, rumour=False) for delta in deltas]
+            context.send_stream(self._proven(peer), whole)
 
     def _send_bulk(self, peer: Peer, messages: Sequence[Message]) -> None:
+        """An answer, within what we do for one node and for all; what does not fit is not sent."""
         if not messages:
             return
-        context = self._context
+        context, config = self._context, self._context.config
         size = payload_bytes([encode(message) for message in messages])
-        datagrams_bytes = (
-            context.config.sync_datagrams_max * context.config.datagram_payload_bytes_max
-        )
-        if size > datagrams_bytes and peer.node is not None:
-            context.send_stream(peer, messages)
-        else:
-            context.send(peer, messages)
+        datagrams = math.ceil(size / config.datagram_payload_bytes_max)
+        if datagrams > config.sync_datagrams_max and self._may_stream(peer):
+            if self._is_granted(peer, config.sync_datagrams_max):
+                context.send_stream(self._proven(peer), messages)
+        elif self._is_granted(peer, min(datagrams, config.sync_datagrams_max)):
+            encoded = [encode(message) for message in messages]
+            payloads = payloads_of(encoded, config.datagram_payload_bytes_max)
+            for payload in payloads[: config.sync_datagrams_max]:
+                context.send_payload(self._proven(peer), payload)
 
-    def _updates(self, low: NodeId, high: NodeId) -> list[Update]:
-        """What is held of the nodes in a range, ourselves among them, by id."""
-        updates = [member.update for member in self._context.members]
-        updates.append(self._context.own_update())
-        return sorted(
-            (update for update in updates if low <= update.node <= high), key=lambda one: one.node
-        )
+    def _is_granted(self, peer: Peer, datagrams: int) -> bool:
+        """Whether so many datagrams may be answered; if not, counted, and left to a later exchange."""
+        now_s = self._context.now_s
+        one = None if peer.node is None else self._answers_to.of(peer.node)
+        if self._answers.left(now_s) < datagrams or not (one is None or one.take(now_s, datagrams)):
+            self._context.count("answers_excess")
+            return False
+        return self._answers.take(now_s, datagrams)
 
-    def _view_lines(self, low: NodeId, high: NodeId) -> tuple[ViewLine, ...]:
-        return tuple(
-            ViewLine(update.node, update.state, update.epoch, update.incarnation)
-            for update in self._updates(low, high)
-        )
+    def _may_stream(self, peer: Peer) -> bool:
+        """Who is a member for some time may be sent much; who joins gets the rest from others."""
+        member = None if peer.node is None else self._context.members.get(peer.node)
+        settle_s = self._context.config.join_retry_min_s
+        return member is not None and self._context.now_s - member.since_s >= settle_s
 
-    def _digest_lines(self, low: NodeId, high: NodeId) -> tuple[DigestLine, ...]:
-        return tuple(line for line in self._context.store.digest() if low <= line.owner <= high)
-
-    def _views(self, low: NodeId, high: NodeId, *, answer: bool) -> list[Message]:
-        lines = self._view_lines(low, high)
-        cuts = _cuts([line.node for line in lines], low, high, self._lines_per_table)
-        return [View(*cut[:2], lines[cut[2] : cut[3]], answer) for cut in cuts]
-
-    def _digests(self, low: NodeId, high: NodeId, *, answer: bool) -> list[Message]:
-        lines = self._digest_lines(low, high)
-        cuts = _cuts([line.owner for line in lines], low, high, self._lines_per_table)
-        return [Digest(*cut[:2], lines[cut[2] : cut[3]], answer) for cut in cuts]
+    def _proven(self, peer: Peer) -> Peer:
+        """Long answers go to where a member said that it is: a datagram's source may be made up."""
+        member = None if peer.node is None else self._context.members.get(peer.node)
+        return peer if member is None else Peer(member.node, member.address)
 
 
 def _precedence(line: ViewLine) -> tuple[int, bool, int, int]:
     return Update.order(line.epoch, line.state, line.incarnation)
-
-
-def _cuts(
-    nodes: Sequence[NodeId], low: NodeId, high: NodeId, size: int
-) -> list[tuple[NodeId, NodeId, int, int]]:
-    """Cut [low, high] into adjoining ranges with at most `size` of the sorted `nodes` in each.
-
-    Returns (low, high, first index, last index + 1) of each range; at least one range, which is empty
-    when there are no nodes.
-    """
-    cuts: list[tuple[NodeId, NodeId, int, int]] = []
-    first = low
-    for start in range(0, max(1, len(nodes)), size):
-        end = min(start + size, len(nodes))
-        last = high if end >= len(nodes) else nodes[end - 1]
-        cuts.append((first, last, start, end))
-        if last != LAST_ID:
-            first = NodeId((int.from_bytes(last, "big") + 1).to_bytes(len(last), "big"))
-    return cuts

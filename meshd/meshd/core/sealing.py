@@ -1,12 +1,16 @@
 """Sealed datagrams: authenticated encryption with one key per sender and epoch. Pure.
 
 Invariant: an `Opener` hands out each datagram at most once, only if it was sealed under a key of this
-mesh, and never one of an older epoch than the newest it has authenticated from that sender. What is
-not authentic changes nothing: no window moves, no sender is remembered, no cache entry is evicted.
+mesh, and never as current one of an older epoch than the newest it has authenticated from that sender.
+What is not authentic changes nothing: no window moves, no sender is remembered, no cache entry is evicted.
+
+A datagram of an older epoch is either late or replayed, or its sender has lost its epoch and has to be told;
+an answer may say so, and nothing else may come of it. So a few of them a second are opened and marked
+(`Opened.is_old_epoch`), without a look at any window: the same one may be opened again.
 
 The wire, all integers big-endian (see docs/protocol.md and decision 0005)::
 
-    1 B format | 8 B mesh tag | 16 B sender | 8 B epoch | 8 B counter | ciphertext | 16 B AEAD tag
+    1 B format | 4 B mesh tag | 16 B sender | 6 B epoch | 6 B counter | ciphertext | 16 B AEAD tag
     '------------------- associated data, in clear -------------------'
 
 The key is HKDF-SHA256(mesh datagram key, salt = mesh id, info = b"meshd datagram v1" + sender + epoch)
@@ -21,7 +25,7 @@ import hashlib
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
@@ -30,25 +34,30 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from meshd_cms.types import Epoch, MeshId, NodeId
+from meshd.core.allowance import Allowance
+from meshd_cms.types import EPOCH_MAX, Epoch, MeshId, NodeId
 
 FORMAT: Final = 1
 DATAGRAM_BYTES_MAX: Final = 1400
 """One sealed datagram: fits an Ethernet or Wi-Fi frame with room for IPv6 and a tunnel."""
 KEY_BYTES: Final = 32
-COUNTER_MAX: Final = 2**64 - 1
-EPOCH_MAX: Final = 2**63 - 1
+COUNTER_MAX: Final = 2**48 - 1
+TAG_BYTES: Final = 4
+"""Of the mesh tag, in a datagram: strangers' noise that passes it by chance costs one failed decryption."""
+OLD_EPOCHS_PER_S: Final = 4
+"""Datagrams of older epochs that are opened, of each sender; more are dropped unopened."""
 WINDOW_BITS: Final = 1024
 SENDERS_MAX: Final = 4096
 """Senders an `Opener` remembers; the least recently heard is forgotten above it."""
 
-_HEADER: Final = struct.Struct(">B8s16sQQ")
+_HEADER: Final = struct.Struct(f">B{TAG_BYTES}s16s6s6s")
+_NUMBER_BYTES: Final = 6  # of the epoch and of the counter
 _AEAD_TAG_BYTES: Final = 16
-_NONCE_PREFIX: Final = bytes(4)
+_NONCE_PREFIX: Final = bytes(6)
 _WINDOW_MASK: Final = (1 << WINDOW_BITS) - 1
 OVERHEAD_BYTES: Final = _HEADER.size + _AEAD_TAG_BYTES
 DATAGRAM_PAYLOAD_BYTES_MAX: Final = DATAGRAM_BYTES_MAX - OVERHEAD_BYTES
-"""What is left for the protocol inside: 1,343 bytes."""
+"""What is left for the protocol inside: 1,351 bytes."""
 
 
 class SealingError(Exception):
@@ -82,18 +91,19 @@ class DropReason(StrEnum):
     WRONG_FORMAT = "wrong_format"  # another format number, or an epoch that cannot be one
     OTHER_MESH = "other_mesh"
     OWN = "own"  # our own datagram came back
-    OLD_EPOCH = "old_epoch"  # an earlier life of that sender
+    OLD_EPOCH = "old_epoch"  # an earlier life of that sender, and more of it than is opened
     REPLAYED = "replayed"  # seen already, or older than the window can tell
     BAD_SEAL = "bad_seal"
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An authentic datagram, seen for the first time."""
+    """An authentic datagram, seen for the first time unless it is of an old epoch."""
 
     sender: NodeId
     epoch: Epoch
     payload: bytes
+    is_old_epoch: bool = False  # an earlier life of the sender: tell it so, and do nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +114,7 @@ class Dropped:
 
 
 def mesh_tag(mesh: MeshId) -> bytes:
-    """Eight bytes by which a mesh recognises its own without showing its id (also for mDNS TXT)."""
+    """Eight bytes by which a mesh recognises its own without showing its id (for mDNS TXT)."""
     return hashlib.sha256(b"meshd mesh tag v1" + mesh).digest()[:8]
 
 
@@ -126,7 +136,7 @@ class Sealer:
         self._key = key
         self._mesh = mesh
         self._me = me
-        self._tag = mesh_tag(mesh)
+        self._tag = mesh_tag(mesh)[:TAG_BYTES]
         self.rekey(epoch)
         self._counter = counter
 
@@ -142,16 +152,17 @@ class Sealer:
 
         Raises:
             PayloadTooLarge: longer than `DATAGRAM_PAYLOAD_BYTES_MAX`.
-            CounterExhausted: 2**64 - 1 datagrams were sealed in this epoch.
+            CounterExhausted: 2**48 - 1 datagrams were sealed in this epoch.
         """
         if len(payload) > DATAGRAM_PAYLOAD_BYTES_MAX:
             raise PayloadTooLarge(f"{len(payload)} bytes; at most {DATAGRAM_PAYLOAD_BYTES_MAX} fit")
         if self._counter >= COUNTER_MAX:
             raise CounterExhausted("the datagram counter would wrap: a new epoch is needed")
         self._counter += 1
-        header = _HEADER.pack(FORMAT, self._tag, self._me, self._epoch, self._counter)
-        nonce = _NONCE_PREFIX + self._counter.to_bytes(8, "big")
-        return header + self._aead.encrypt(nonce, payload, header)
+        counter = self._counter.to_bytes(_NUMBER_BYTES, "big")
+        epoch = self._epoch.to_bytes(_NUMBER_BYTES, "big")
+        header = _HEADER.pack(FORMAT, self._tag, self._me, epoch, counter)
+        return header + self._aead.encrypt(_NONCE_PREFIX + counter, payload, header)
 
 
 @dataclass(slots=True)
@@ -163,6 +174,7 @@ class _Sender:
     key: bytes  # the mesh key that `aead` was derived from
     highest: int = 0
     seen: int = 0
+    old: Allowance = field(default_factory=lambda: Allowance(OLD_EPOCHS_PER_S, OLD_EPOCHS_PER_S))
 
     def is_fresh(self, counter: int) -> bool:
         if counter > self.highest:
@@ -197,36 +209,45 @@ class Opener:
         self._keys = tuple(keys)
         self._mesh = mesh
         self._me = me
-        self._tag = mesh_tag(mesh)
+        self._tag = mesh_tag(mesh)[:TAG_BYTES]
         self._senders_max = senders_max
         self._senders: OrderedDict[NodeId, _Sender] = OrderedDict()
         self._opened = 0
+        self._opened_old = 0
         self._drops: Counter[DropReason] = Counter()
 
-    def open(self, datagram: bytes) -> Opened | Dropped:
-        """The payload, or why there is none. Never raises, whatever the bytes."""
-        outcome = self._open(datagram)
+    def open(self, datagram: bytes, now_s: float | None = None) -> Opened | Dropped:
+        """The payload, or why there is none. Never raises, whatever the bytes.
+
+        Args:
+            datagram: as it came.
+            now_s: monotonic; bounds how many of older epochs are opened. None: none of them is.
+        """
+        outcome = self._open(datagram, now_s)
         match outcome:
             case Opened():
                 self._opened += 1
+                self._opened_old += outcome.is_old_epoch
                 return outcome
             case DropReason():
                 self._drops[outcome] += 1
                 return Dropped(outcome)
 
     def statistics(self) -> Mapping[str, int]:
-        """Counts since the start: `opened`, and every `DropReason` by its value."""
-        return {"opened": self._opened} | {
+        """Counts since the start: `opened`, of them `opened_old_epoch`, and every `DropReason` by its value."""
+        return {"opened": self._opened, "opened_old_epoch": self._opened_old} | {
             reason.value: self._drops[reason] for reason in DropReason
         }
 
-    def _open(self, datagram: bytes) -> Opened | DropReason:
+    def _open(self, datagram: bytes, now_s: float | None) -> Opened | DropReason:
         if len(datagram) < OVERHEAD_BYTES:
             return DropReason.TOO_SHORT
         if len(datagram) > DATAGRAM_BYTES_MAX:
             return DropReason.TOO_LONG
-        form, tag, sender_bytes, epoch_number, counter = _HEADER.unpack_from(datagram)
-        if form != FORMAT or not 1 <= epoch_number <= EPOCH_MAX or counter == 0:
+        form, tag, sender_bytes, epoch_bytes, counter_bytes = _HEADER.unpack_from(datagram)
+        epoch_number = int.from_bytes(epoch_bytes, "big")
+        counter = int.from_bytes(counter_bytes, "big")
+        if form != FORMAT or epoch_number == 0 or counter == 0:
             return DropReason.WRONG_FORMAT
         if tag != self._tag:
             return DropReason.OTHER_MESH
@@ -235,7 +256,9 @@ class Opener:
             return DropReason.OWN
         known = self._senders.get(sender)
         if known is not None and epoch < known.epoch:
-            return DropReason.OLD_EPOCH
+            if now_s is None or not known.old.take(now_s):
+                return DropReason.OLD_EPOCH
+            return self._open_old(datagram, sender, epoch, counter)
         if known is not None and epoch == known.epoch:
             if not known.is_fresh(counter):
                 return DropReason.REPLAYED
@@ -245,6 +268,16 @@ class Opener:
                 self._senders.move_to_end(sender)
                 return Opened(sender, epoch, payload)
         return self._open_under_another_key(datagram, sender, epoch, counter, known)
+
+    def _open_old(
+        self, datagram: bytes, sender: NodeId, epoch: Epoch, counter: int
+    ) -> Opened | DropReason:
+        """An earlier life speaks: whatever the outcome, nothing is remembered of it."""
+        for key in self._keys:
+            payload = _decrypt(_sender_aead(key, self._mesh, sender, epoch), counter, datagram)
+            if payload is not None:
+                return Opened(sender, epoch, payload, is_old_epoch=True)
+        return DropReason.BAD_SEAL
 
     def _open_under_another_key(
         self, datagram: bytes, sender: NodeId, epoch: Epoch, counter: int, known: _Sender | None
@@ -271,7 +304,7 @@ class Opener:
 
 
 def _decrypt(aead: ChaCha20Poly1305, counter: int, datagram: bytes) -> bytes | None:
-    nonce = _NONCE_PREFIX + counter.to_bytes(8, "big")
+    nonce = _NONCE_PREFIX + counter.to_bytes(_NUMBER_BYTES, "big")
     header, sealed = datagram[: _HEADER.size], datagram[_HEADER.size :]
     try:
         return aead.decrypt(nonce, sealed, header)

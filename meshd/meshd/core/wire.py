@@ -4,37 +4,54 @@ A payload is one msgpack array: the protocol number, then messages, each an arra
 kind. Decoding is strict and whole: a payload of which any part is malformed is no payload, and nothing of
 it is acted upon. Decoders raise `CodecError` and nothing else.
 
+What the seal of the datagram says already (sender and epoch), and what the receiver said itself a moment
+ago, is left out: an idle mesh is mostly headers (decision 0015).
+
 Numbers are never reused. A message a later protocol adds gets a new kind; this one refuses kinds it does
 not know, because a half-understood datagram cannot be repaired.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, TypeAlias, assert_never, cast
 
+from meshd.core.buckets import pack_hashes, unpack_hashes
 from meshd.core.effects import Address
 from meshd.core.membership import STATE_HASH_BYTES, STATES, MemberState, Update
 from meshd_cms.codec import (
     pack_delta,
     pack_digest,
     pack_soft,
+    unpack_age_s,
     unpack_delta,
     unpack_digest,
     unpack_soft,
 )
 from meshd_cms.errors import CodecError
 from meshd_cms.packing import pack, unpack
-from meshd_cms.soft import SoftItem
-from meshd_cms.types import COUNTER_MAX, NODE_ID_BYTES, Delta, DigestLine, Epoch, NodeId, Version
+from meshd_cms.soft import SoftTold
+from meshd_cms.types import (
+    COUNTER_MAX,
+    EPOCH_MAX,
+    NODE_ID_BYTES,
+    Delta,
+    DigestLine,
+    Epoch,
+    NodeId,
+    Version,
+)
 
 PROTOCOL: Final = 1
 MESSAGES_MAX: Final = 4096  # in one payload
 NAME_CHARACTERS_MAX: Final = 64
 HOST_CHARACTERS_MAX: Final = 45  # the longest IPv6 literal
 VIEW_LINES_MAX: Final = 4096
+TARGET_BYTES: Final = 4  # of an id: enough to tell who holds an address from who held it
 _ENVELOPE_BYTES: Final = 4  # array header (at most 3) and the protocol number
 
 
@@ -42,25 +59,37 @@ _ENVELOPE_BYTES: Final = 4  # array header (at most 3) and the protocol number
 class Heartbeat:
     """What every ping and ack says of its sender."""
 
-    state_hash: bytes  # 8 bytes, see membership.state_hash
+    state_hash: (
+        bytes | None
+    )  # 8 bytes, see membership.state_hash; None: that of the ping it answers
     version: Version  # of the sender's own record
+
+    def answering(self, ping: Heartbeat) -> Heartbeat:
+        """This heartbeat as an ack to a ping with that one carries it."""
+        return Heartbeat(None, self.version) if self.state_hash == ping.state_hash else self
 
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Answer with an ack of the same sequence, if you are `target`."""
+    """Answer with an ack of the same sequence, if it is for you."""
 
     sequence: int
-    target: NodeId
+    target: (
+        bytes  # a node id; its first `TARGET_BYTES` travel: an address may have had another holder
+    )
     heartbeat: Heartbeat
+
+    def is_for(self, node: NodeId) -> bool:
+        """Whether that node is meant."""
+        return node.startswith(self.target)
 
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """The subject of the probe is alive; `subject` differs from the sender when it was relayed."""
+    """The subject of the probe is alive."""
 
     sequence: int
-    subject: NodeId
+    subject: NodeId | None  # None: the sender; named when it was relayed
     heartbeat: Heartbeat
 
 
@@ -135,9 +164,10 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class JoinAnswer:
-    """Welcome. Members and records come in the same and the next datagrams."""
+    """Welcome. Some members come in the same datagram."""
 
     token: int
+    is_whole: bool = True  # the rest follows; otherwise ask one of those members for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +180,31 @@ class JoinLater:
 
 @dataclass(frozen=True, slots=True)
 class Soft:
-    """A soft reading, by its owner."""
+    """A soft reading of the sender."""
 
-    item: SoftItem
+    told: SoftTold
+
+
+@dataclass(frozen=True, slots=True)
+class SoftStill:
+    """The sender's reading of this sequence still holds."""
+
+    sequence: int
+    age_s: float  # since it was found to hold
+
+
+@dataclass(frozen=True, slots=True)
+class Interest:
+    """Tell me your soft readings now, and directly for a while."""
+
+    for_s: float  # 0: just now
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Hashes of what I hold, a bucket of node ids each: answer with your lines where yours differ."""
+
+    hashes: tuple[int, ...]  # a power of two of them; see buckets.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,17 +228,23 @@ Message: TypeAlias = (
     | JoinLater
     | Soft
     | Pull
+    | SoftStill
+    | Interest
+    | Summary
 )
 
 _PING, _ACK, _PING_REQUEST, _NACK, _CLAIM, _RECORD = 1, 2, 3, 4, 5, 6
 _DIGEST, _VIEW, _JOIN, _JOIN_ANSWER, _JOIN_LATER, _SOFT, _PULL = 7, 8, 9, 10, 11, 12, 13
+_SOFT_STILL, _INTEREST, _SUMMARY = 14, 15, 16
 
 
 def encode(message: Message) -> bytes:
     """One message, to be put in a payload by `payload_of`."""
     match message:
         case Ping(sequence, target, heartbeat):
-            return pack((_PING, sequence, target, heartbeat.state_hash, heartbeat.version))
+            return pack(
+                (_PING, sequence, target[:TARGET_BYTES], heartbeat.state_hash, heartbeat.version)
+            )
         case Ack(sequence, subject, heartbeat):
             return pack((_ACK, sequence, subject, heartbeat.state_hash, heartbeat.version))
         case PingRequest(sequence, target, address):
@@ -204,14 +262,20 @@ def encode(message: Message) -> bytes:
             return pack((_VIEW, low, high, packed, answer))
         case Join(token):
             return pack((_JOIN, token))
-        case JoinAnswer(token):
-            return pack((_JOIN_ANSWER, token))
+        case JoinAnswer(token, is_whole):
+            return pack((_JOIN_ANSWER, token, is_whole))
         case JoinLater(token, retry_after_s):
             return pack((_JOIN_LATER, token, retry_after_s))
-        case Soft(item):
-            return pack((_SOFT, pack_soft(item)))
+        case Soft(told):
+            return pack((_SOFT, *pack_soft(told)))
         case Pull(lines):
             return pack((_PULL, pack_digest(lines)))
+        case SoftStill(sequence, age_s):
+            return pack((_SOFT_STILL, sequence, round(age_s * 1000)))
+        case Interest(for_s):
+            return pack((_INTEREST, for_s))
+        case Summary(hashes):
+            return pack((_SUMMARY, pack_hashes(hashes)))
         case _:
             assert_never(message)
 
@@ -262,9 +326,15 @@ def _decode_message(item: object) -> Message:
     fields = _list(item, "a message", 16)
     match fields:
         case [1, sequence, target, state_hash, version]:
-            return Ping(_count(sequence), _node(target), _heartbeat(state_hash, version))
+            told = _bytes(state_hash, STATE_HASH_BYTES, "a state hash")
+            prefix = _bytes(target, TARGET_BYTES, "a target")
+            return Ping(_count(sequence), prefix, Heartbeat(told, _version(version)))
         case [2, sequence, subject, state_hash, version]:
-            return Ack(_count(sequence), _node(subject), _heartbeat(state_hash, version))
+            named = None if subject is None else _node(subject)
+            said = (
+                None if state_hash is None else _bytes(state_hash, STATE_HASH_BYTES, "a state hash")
+            )
+            return Ack(_count(sequence), named, Heartbeat(said, _version(version)))
         case [3, sequence, target, host, port]:
             return PingRequest(_count(sequence), _node(target), _address(host, port))
         case [4, sequence]:
@@ -284,14 +354,20 @@ def _decode_message(item: object) -> Message:
             return View(first, last, view, _flag(answer))
         case [9, token]:
             return Join(_count(token))
-        case [10, token]:
-            return JoinAnswer(_count(token))
+        case [10, token, is_whole]:
+            return JoinAnswer(_count(token), _flag(is_whole))
         case [11, token, retry_after_s]:
             return JoinLater(_count(token), _seconds(retry_after_s))
-        case [12, soft]:
+        case [12, *soft]:
             return Soft(unpack_soft(soft))
         case [13, lines]:
             return Pull(unpack_digest(lines))
+        case [14, sequence, age_ms]:
+            return SoftStill(_count(sequence), unpack_age_s(age_ms))
+        case [15, for_s]:
+            return Interest(_seconds(for_s))
+        case [16, hashes]:
+            return Summary(unpack_hashes(hashes))
         case _:
             raise CodecError("an unknown kind of message, or the wrong number of fields")
 
@@ -314,6 +390,8 @@ def _update(fields: Sequence[object], evidence: bool) -> Update:
     node, state, epoch, incarnation, name, host, port, accuser = fields
     if not isinstance(name, str) or not 0 < len(name) <= NAME_CHARACTERS_MAX:
         raise CodecError("a name is not a short text")
+    if not name.isprintable():  # it is shown in terminals
+        raise CodecError("a name holds what is not printable")
     return Update(
         _node(node),
         _state(state),
@@ -366,8 +444,8 @@ def _count(item: object) -> int:
 
 def _epoch(item: object) -> Epoch:
     epoch = _count(item)
-    if epoch == 0:
-        raise CodecError("an epoch is 0")
+    if not 1 <= epoch <= EPOCH_MAX:
+        raise CodecError("an epoch is out of range")
     return Epoch(epoch)
 
 
@@ -378,9 +456,7 @@ def _flag(item: object) -> bool:
 
 
 def _node(item: object) -> NodeId:
-    if not isinstance(item, bytes) or len(item) != NODE_ID_BYTES:
-        raise CodecError("a node id is not 16 bytes")
-    return NodeId(item)
+    return NodeId(_bytes(item, NODE_ID_BYTES, "a node id"))
 
 
 def _state(item: object) -> MemberState:
@@ -393,16 +469,35 @@ def _state(item: object) -> MemberState:
 def _address(host: object, port: object) -> Address:
     if not isinstance(host, str) or not 0 < len(host) <= HOST_CHARACTERS_MAX:
         raise CodecError("a host is not an address")
+    if not _is_host(host):
+        raise CodecError("a host is not an address of one machine")
     number = _count(port)
     if not 0 < number <= 65_535:
         raise CodecError("a port is out of range")
     return (host, number)
 
 
-def _heartbeat(state_hash: object, version: object) -> Heartbeat:
-    if not isinstance(state_hash, bytes) or len(state_hash) != STATE_HASH_BYTES:
-        raise CodecError("a state hash is not 8 bytes")
-    return Heartbeat(state_hash, Version(_count(version)))
+@lru_cache(maxsize=4096)
+def _is_host(text: str) -> bool:
+    """Whether it is the literal of an address that one machine can have.
+
+    Anything else would be looked up by name, which blocks, or reach many machines at once.
+    """
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return not (address.is_unspecified or address.is_multicast or text == "255.255.255.255")
+
+
+def _version(item: object) -> Version:
+    return Version(_count(item))
+
+
+def _bytes(item: object, size: int, what: str) -> bytes:
+    if not isinstance(item, bytes) or len(item) != size:
+        raise CodecError(f"{what} is not {size} bytes")
+    return item
 
 
 def _seconds(item: object) -> float:

@@ -49,6 +49,8 @@ STREAM_TASKS_MAX = 64
 STREAM_DEADLINE_S = 5.0
 RECEIVE_BUFFER_BYTES = 1 << 20
 _IP_RECVERR = 11  # linux/in.h; Python 3.11's socket module lacks it
+_IPV6_RECVERR = 25  # linux/in6.h
+_REFUSALS = ((socket.IPPROTO_IP, _IP_RECVERR), (socket.IPPROTO_IPV6, _IPV6_RECVERR))
 _MSG_ERRQUEUE = 0x2000
 _ECONNREFUSED = 111
 
@@ -109,8 +111,8 @@ def open_datagram_socket(host: str, port: int) -> socket.socket:
     try:
         raw.setblocking(False)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
-        if family == socket.AF_INET:
-            raw.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 1)
+        level, option = _REFUSALS[family == socket.AF_INET6]
+        raw.setsockopt(level, option, 1)
         raw.bind((host, port))
     except OSError:
         raw.close()
@@ -223,11 +225,17 @@ class GossipDriver:
                 continue
             self.statistics.datagrams_received += 1
             self.statistics.bytes_received += len(datagram)
-            opened = self._opener.open(datagram)
             now_s = trio.current_time()
+            opened = self._opener.open(datagram, now_s)
             if isinstance(opened, Dropped):
                 self.contacts.dropped(opened.reason, (source[0], source[1]), now_s)
                 continue  # the opener counts it by reason
+            if opened.is_old_epoch:
+                told = self.core.old_epoch(
+                    opened.sender, opened.epoch, (source[0], source[1]), now_s
+                )
+                self._execute(told, nursery)
+                continue
             self.contacts.heard(opened.sender, now_s)
             effects = self.core.receive(
                 opened.payload,
@@ -241,15 +249,13 @@ class GossipDriver:
         return False
 
     def _drain_errors(self, nursery: trio.Nursery) -> None:
-        if self._raw.family != socket.AF_INET:
-            return
         for _ in range(DATAGRAMS_PER_TURN_MAX):
             try:
                 _, ancillary, _, destination = self._raw.recvmsg(512, 512, _MSG_ERRQUEUE)
             except OSError:
                 return
             for level, kind, data in ancillary:
-                if level == socket.IPPROTO_IP and kind == _IP_RECVERR and len(data) >= 4:
+                if (level, kind) in _REFUSALS and len(data) >= 4:
                     (code,) = struct.unpack_from("=I", data)  # sock_extended_err.ee_errno
                     if code == _ECONNREFUSED:
                         self.statistics.refusals += 1
