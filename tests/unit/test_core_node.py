@@ -228,6 +228,44 @@ def test_an_accusation_in_our_name_that_we_never_made_is_dropped_and_its_teller_
     assert node.core.offences()[node_id(1)] == {"claims_forged": 1}
 
 
+def test_who_writes_anothers_name_under_its_lies_pays_itself() -> None:
+    node = bench(replace(lan(), accusations_max=5))
+    node.meet(1, 2, 3)
+    for incarnation in range(20):
+        accused = claim(3, SUSPECT, incarnation, accuser=2)
+        node.tell([Claim(accused, merged=False)], peer=1)
+        node.tell([Claim(claim(3, ALIVE, incarnation + 1), merged=False)], peer=3)
+    assert list(node.core.offences()) == [node_id(1)]
+    node.tell([Claim(claim(3, SUSPECT, 20, accuser=2), merged=False)], peer=2)
+    assert node.state(3) is SUSPECT
+
+
+def test_where_a_member_lives_is_asked_of_itself_at_both_addresses() -> None:
+    node = bench()
+    node.meet(1, 2)
+    moved = replace(claim(2, ALIVE, 1), address=address(9))
+    for _ in range(5):
+        told = node.tell([Claim(moved, merged=False)], peer=1)
+    assert node.core.statistics()["moves_asked"] == 1
+    view = node.core.member(node_id(2))
+    assert view is not None
+    assert view.address == address(2)
+    node.tell([Claim(moved, merged=False)], peer=2)
+    view = node.core.member(node_id(2))
+    assert view is not None
+    assert view.address == address(9)
+    assert told == ()
+
+
+def test_a_mesh_that_loses_one_tells_little_more_than_two_witnesses_saw() -> None:
+    node = bench()
+    node.meet(*range(1, 31))
+    for accuser in range(2, 31):
+        told = replace(claim(1, SUSPECT, accuser=accuser), evidence=True)
+        node.tell([Claim(told, merged=False)], peer=accuser)
+    assert node.core.statistics()["rumours_started"] - 30 <= 2  # beside those of who joined
+
+
 def test_what_no_clock_can_have_begun_is_believed_from_nobody_but_the_node_itself() -> None:
     node = bench()
     node.meet(1, 3)

@@ -20,7 +20,6 @@ from dataclasses import replace
 from typing import Final, assert_never
 
 from meshd.core.context import Context, Peer
-from meshd.core.credit import Credit
 from meshd.core.dissemination import Rumours
 from meshd.core.effects import Unwatch
 from meshd.core.events import (
@@ -47,20 +46,15 @@ from meshd.core.offences import Offence
 from meshd.core.probes import Prober
 from meshd.core.soft_lane import SoftLane
 from meshd.core.suspicion import Suspicions
+from meshd.core.tellers import INCARNATION_TOLD_MAX, Tellers
 from meshd.core.wire import Claim, Message, Record, View
+from meshd.core.witnesses import WITNESSES_NEEDED
 from meshd_cms.types import RUMOUR_BYTES_MAX, Epoch, NodeId, Version
 
-EPOCH_TOLD_MAX: Final = 2**47
-"""Unix milliseconds of the year 6429: the latest life of another that a member is believed to have seen."""
-
-INCARNATION_TOLD_MAX: Final = 2**31
-"""An incarnation that no node reaches by refuting: above it, a node takes a new epoch instead."""
-
-
-_WITNESSES_NEEDED: Final = 2
 _EPOCH_GAP_S: Final = (
     1.0  # between epochs of ours: each is a write to disk and a record signed anew
 )
+_ASK_GAP_S: Final = 1.0  # between questions to one member where it is
 _REFUTE_GAP_S: Final = 0.1  # between answers to an accuser who has no credit left
 
 
@@ -77,10 +71,9 @@ class Claims:
         self._prober = prober
         self._soft = soft
         self._suspicions = Suspicions(context.config, context.timers, self._expired)
-        self._credit = Credit(context.config.accusations_max)
+        self._tellers = Tellers(context)
         self._refuted_s = float("-inf")  # when we last refuted
         self._raised_s = float("-inf")  # when we last took a higher epoch
-        self._ours: dict[tuple[NodeId, Epoch], None] = {}  # lives that we accused ourselves
         self._contested_s: dict[NodeId, float] = {}  # when a loser of an address was last accused
         self._orphans: dict[NodeId, float] = {}  # owner -> since when it is not listed
         self.newcomer: Callable[[Member], None] = _nothing  # a life that was not known of
@@ -135,25 +128,27 @@ class Claims:
     def on_claim(self, claim: Claim, sender: NodeId, peer: Peer) -> None:
         """A claim, by rumour or out of a peer's table."""
         context, update = self._context, claim.update
-        if self._is_absurd(update, sender):
+        if self._tellers.is_absurd(update, sender):
             context.offend(sender, Offence.EPOCH_ABSURD)
             return
         if update.node == context.me.node:
-            self._on_own(update, peer)
+            self._on_own(update, sender, peer)
             return
         held = context.members.get(update.node)
         if claim.merged:
             self._merge(update, held, sender)
             return
         if update.state is not MemberState.ALIVE and update.node != sender:
-            if self._is_forged(update):
+            if self._tellers.is_forged(update):
                 context.offend(sender, Offence.CLAIMS_FORGED)
                 return
             for speaker in (update.accuser, sender):
-                if self._credit.is_spent(speaker, context.now_s):
+                if self._tellers.is_spent(speaker, context.now_s):
                     context.count("accusations_ignored")
                     return
-        if self._is_credible(held, update, sender):
+        if held is not None and self._tellers.is_hijack(held, update, sender):
+            self._ask_where(held, update)
+        elif self._tellers.is_credible(held, update, sender):
             self._apply(update, claim, sender)
         else:
             context.count("ends_doubted")
@@ -169,8 +164,10 @@ class Claims:
             accuser=context.me.node,
             evidence=evidence,
         )
-        self._note_ours(update)
+        self._tellers.note_ours(update)
         self._apply(update, None, None, silent_s=silent_s)
+        # The rumour does not go to whom it is about, or a mesh would knock at the door of one dead.
+        context.send(Peer(member.node, member.address), [Claim(update, merged=False)])
 
     def announce(self, incarnation: int) -> None:
         """Tell everybody that we are alive, in this incarnation."""
@@ -213,7 +210,7 @@ class Claims:
 
     # -- inside -----------------------------------------------------------------------------------------
 
-    def _on_own(self, update: Update, peer: Peer) -> None:
+    def _on_own(self, update: Update, sender: NodeId, peer: Peer) -> None:
         context, own = self._context, self._context.own_update()
         if update.epoch > own.epoch:
             self.learn_own_epoch(update.epoch)
@@ -228,12 +225,14 @@ class Claims:
         elif update.incarnation >= INCARNATION_TOLD_MAX:
             self.learn_own_epoch(Epoch(update.epoch + 1))
         elif update.state is not MemberState.ALIVE or update.incarnation > own.incarnation:
-            self._refute(update, peer)
+            if update.state is MemberState.ALIVE:
+                context.offend(sender, Offence.CLAIMS_FORGED)  # nobody but us goes up there
+            self._refute(update, sender, peer)
 
-    def _refute(self, update: Update, peer: Peer) -> None:
+    def _refute(self, update: Update, sender: NodeId, peer: Peer) -> None:
         """Somebody believes ill of us: take a higher incarnation, and say so."""
         context = self._context
-        if self._credit.is_spent(update.accuser, context.now_s):
+        if self._tellers.is_spent(sender, context.now_s):
             if context.now_s - self._refuted_s < _REFUTE_GAP_S:
                 context.count("refutations_put_off")
                 return
@@ -241,52 +240,31 @@ class Claims:
             context.health.worse()
         context.count("refutations")
         self._refuted_s = context.now_s
-        self._charge(update.accuser)
+        self._tellers.charge(update.accuser, sender)
         self.announce(update.incarnation + 1)
         context.send(peer, [Claim(context.own_update(), merged=False)])
 
-    def _charge(self, accuser: NodeId) -> None:
-        """Somebody accused a node that is there."""
+    def _ask_where(self, held: Member, update: Update) -> None:
+        """Where a member is, it says itself: ask at both addresses, once a second at most."""
         context = self._context
-        if accuser == context.me.node:
+        if held.asked_s is not None and context.now_s - held.asked_s < _ASK_GAP_S:
+            context.count("moves_put_off")
             return
-        self._credit.charge(accuser, context.now_s)
-        if self._credit.is_spent(accuser, context.now_s):
-            context.offend(accuser, Offence.ACCUSATIONS_REFUTED)
-
-    def _is_absurd(self, update: Update, sender: NodeId) -> bool:
-        """Whether it tells of another what only that node itself could know to be true."""
-        if update.node == sender:
-            return False
-        # Too high an incarnation of ours is no loss: a new epoch begins at 0.
-        ours = update.node == self._context.me.node
-        return update.epoch > EPOCH_TOLD_MAX or (
-            update.incarnation > INCARNATION_TOLD_MAX and not ours
-        )
-
-    def _note_ours(self, update: Update) -> None:
-        self._ours[update.node, update.epoch] = None
-        if len(self._ours) > self._context.config.members_max:
-            del self._ours[next(iter(self._ours))]
-
-    def _is_forged(self, update: Update) -> bool:
-        """Whether it is an accusation in our name that we never made."""
-        ours = update.accuser == self._context.me.node
-        return ours and (update.node, update.epoch) not in self._ours
-
-    def _is_credible(self, held: Member | None, update: Update, sender: NodeId) -> bool:
-        """Whether the end of a member, dead or left, is believed from this mouth."""
-        if update.state.is_live or update.node == sender:
-            return True
-        if held is None or not held.is_live or update.precedence <= held.update.precedence:
-            return True  # nobody's life here hangs on it
-        if held.state is MemberState.ALIVE:
-            return False
-        return any(accuser not in (sender, update.accuser) for accuser in held.accusers)
+        held.asked_s = context.now_s
+        context.count("moves_asked")
+        for address in (update.address, held.address):
+            context.send(Peer(held.node, address), [View(held.node, held.node, (), answer=False)])
 
     def _merge(self, update: Update, held: Member | None, sender: NodeId) -> None:
         """Out of a peer's table: good news is taken, bad news is only a reason to ask."""
-        if update.state is MemberState.DEAD or not self._is_credible(held, update, sender):
+        context = self._context
+        if update.state is not MemberState.ALIVE and self._tellers.is_spent(sender, context.now_s):
+            context.count("accusations_ignored")
+            return
+        if held is not None and self._tellers.is_hijack(held, update, sender):
+            self._ask_where(held, update)
+            return
+        if update.state is MemberState.DEAD or not self._tellers.is_credible(held, update, sender):
             update = replace(update, state=MemberState.SUSPECT, accuser=sender)
         if held is not None and held.update.precedence == update.precedence:
             return  # a merge confirms no suspicion
@@ -315,14 +293,14 @@ class Claims:
         context = self._context
         contested = context.members.at_address(update.address)
         held = context.members.get(update.node)
-        accusers = () if held is None else tuple(held.accusers)
-        transition = context.members.accept(update, context.now_s)
+        accusers = {} if held is None else dict(held.accusers)
+        transition = context.members.accept(update, context.now_s, sender)
         context.count(f"claims_{transition.verdict.value}")
         match transition.verdict:
             case Verdict.ACCEPTED:
                 if update.state is MemberState.ALIVE and held is not None:
-                    for accuser in accusers:
-                        self._charge(accuser)
+                    for accuser, accusation in accusers.items():
+                        self._tellers.charge(accuser, accusation.teller)
                 if spread:
                     self._rumours.start(Claim(update, merged=False), sender)
                 self._accepted(transition, silent_s)
@@ -333,7 +311,9 @@ class Claims:
                 confirmations = len(held.accusers) - 1
                 self._suspicions.confirm(held.node, nodes, confirmations, context.now_s)
                 self._weigh(held)
-                if spread:
+                # What can change nothing is not worth a rumour: with N accusers that would be N of them.
+                few = confirmations <= context.config.suspicion_confirmations
+                if spread and (held.witnesses <= WITNESSES_NEEDED if update.evidence else few):
                     self._rumours.start(Claim(update, merged=False), sender)
             case Verdict.STALE:
                 if claim is not None and sender is not None:
@@ -353,7 +333,7 @@ class Claims:
             for other in context.members.live()
             if other.node != member.node
         )
-        if member.witnesses >= min(_WITNESSES_NEEDED, able):
+        if member.witnesses >= min(WITNESSES_NEEDED, able):
             self._suspicions.hasten(member.node, context.config.evidence_death_s, context.now_s)
 
     def _accepted(self, transition: Transition, silent_s: float) -> None:
@@ -422,7 +402,7 @@ class Claims:
         context = self._context
         context.count("deaths_declared")
         update = replace(suspicion, state=MemberState.DEAD, accuser=context.me.node)
-        self._note_ours(update)
+        self._tellers.note_ours(update)
         self._apply(update, None, None)
 
     def _contest(self, transition: Transition, other: Member | None) -> None:

@@ -22,9 +22,10 @@ class Credit:
         self._leak_per_s = per_minute_max / 60.0
         self._charged: OrderedDict[NodeId, tuple[float, float]] = OrderedDict()  # level, at
 
-    def charge(self, accuser: NodeId, now_s: float) -> None:
-        """An accusation of this node was refuted."""
-        self._charged[accuser] = (min(self._level(accuser, now_s) + 1.0, self._most + 1.0), now_s)
+    def charge(self, accuser: NodeId, points: float, now_s: float) -> None:
+        """An accusation by this node was refuted."""
+        level = self._level(accuser, now_s) + points
+        self._charged[accuser] = (min(level, self._most + 1.0), now_s)
         self._charged.move_to_end(accuser)
         if len(self._charged) > ACCUSERS_MAX:
             self._charged.popitem(last=False)

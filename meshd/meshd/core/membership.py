@@ -102,6 +102,14 @@ class Update:
         return (epoch, state is MemberState.LEFT, incarnation, state.strength)
 
 
+@dataclass(frozen=True, slots=True)
+class Accusation:
+    """That somebody accuses a member, as it was told to us."""
+
+    evidence: bool  # it saw that the process is gone
+    teller: NodeId  # who told us; the accuser itself, or whoever passed it on
+
+
 @dataclass(slots=True)
 class Member:
     """What is held about one other node. Mutable, and owned by the table."""
@@ -111,7 +119,8 @@ class Member:
     heard_s: float | None = None  # when it last spoke to us itself
     round_trip_s: float | None = None  # smoothed, of datagrams
     knocked_s: float | None = None  # when we last looked whether anybody listens there
-    accusers: dict[NodeId, bool] = field(default_factory=dict[NodeId, bool])  # with evidence?
+    asked_s: float | None = None  # when we last asked it where it is
+    accusers: dict[NodeId, Accusation] = field(default_factory=dict[NodeId, Accusation])
 
     @property
     def node(self) -> NodeId:
@@ -136,7 +145,7 @@ class Member:
     @property
     def witnesses(self) -> int:
         """How many accusers saw that the process is gone."""
-        return sum(self.accusers.values())
+        return sum(accusation.evidence for accusation in self.accusers.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,15 +241,19 @@ class Members:
         buried = self._graveyard.get(node)
         return None if buried is None else buried[0]
 
-    def accept(self, update: Update, now_s: float) -> Transition:
-        """Judge a claim about another node, and hold it if it wins (the table in the module's text)."""
+    def accept(self, update: Update, now_s: float, teller: NodeId | None = None) -> Transition:
+        """Judge a claim about another node, and hold it if it wins (the table in the module's text).
+
+        `teller` is who told us; None when it is our own judgement.
+        """
         assert update.node != self._me, "claims about ourselves are answered, not held"
         member = self._table.get(update.node)
+        accusation = Accusation(update.evidence, teller or self._me)
         if member is None:
-            return self._accept_new(update, now_s)
+            return self._accept_new(update, now_s, accusation)
         before = member.update
         if update.precedence == before.precedence:
-            return self._confirm(member, update)
+            return self._confirm(member, update, accusation)
         if update.precedence < before.precedence:
             return Transition(Verdict.STALE, before, member)
         if (update.epoch, update.incarnation) == (before.epoch, before.incarnation):
@@ -263,7 +276,7 @@ class Members:
         ):  # the dead may yet show that they were accused wrongly
             member.accusers.clear()
         if update.state in (MemberState.SUSPECT, MemberState.DEAD):
-            member.accusers[update.accuser] = update.evidence
+            member.accusers[update.accuser] = accusation
         if update.state is not before.state:
             member.since_s = now_s
             self._live = None
@@ -288,7 +301,7 @@ class Members:
                 return
             del self._graveyard[node]
 
-    def _accept_new(self, update: Update, now_s: float) -> Transition:
+    def _accept_new(self, update: Update, now_s: float, accusation: Accusation) -> Transition:
         buried = self._graveyard.get(update.node)
         if buried is not None and update.precedence <= buried[0].precedence:
             return Transition(Verdict.GHOST, buried[0])
@@ -300,21 +313,21 @@ class Members:
         self._graveyard.pop(update.node, None)
         member = Member(update, now_s)
         if update.state is MemberState.SUSPECT:
-            member.accusers[update.accuser] = update.evidence
+            member.accusers[update.accuser] = accusation
         self._table[update.node] = member
         self._live = None
         self._claim_address(update)
         return Transition(Verdict.ACCEPTED, None, member)
 
-    def _confirm(self, member: Member, update: Update) -> Transition:
+    def _confirm(self, member: Member, update: Update, accusation: Accusation) -> Transition:
         accuser = update.accuser
         if update.state is not MemberState.SUSPECT:
             return Transition(Verdict.STALE, member.update, member)
         # An accuser that nobody knows confirms nothing: names are free to invent.
         is_known = accuser == self._me or accuser in self._table
-        knows_more = update.evidence > member.accusers.get(accuser, False)
-        if is_known and (accuser not in member.accusers or knows_more):
-            member.accusers[accuser] = update.evidence
+        former = member.accusers.get(accuser)
+        if is_known and (former is None or update.evidence > former.evidence):
+            member.accusers[accuser] = accusation
             return Transition(Verdict.CONFIRMED, member.update, member)
         return Transition(Verdict.STALE, member.update, member)
 

@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import Final
 
 from meshd.core.context import Context
 from meshd.core.effects import Knock, Unwatch, Watch
 from meshd.core.membership import Member, MemberState
 from meshd.core.timers import Timer
 from meshd_cms.types import NodeId
+
+WITNESSES_NEEDED: Final = 2
+"""Accusers with evidence that make a suspect dead soon, where so many could have it."""
 
 
 class Witnesses:
@@ -101,6 +105,8 @@ class Witnesses:
         context = self._context
         if any(node == member.node for node, _, _ in self._knocks.values()):
             return
+        if member.witnesses >= WITNESSES_NEEDED:
+            return  # it is decided; N more would be N more knocks and rumours
         if len(self._knocks) >= context.config.probes_in_flight_max:
             context.count("knock_overflow")
             return
