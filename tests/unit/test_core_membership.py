@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.support_core import address, claim, node_id
 
 from meshd.core.config import lan
-from meshd.core.membership import Members, MemberState, Update, Verdict, state_hash
+from meshd.core.membership import Members, MemberState, StateHash, Update, Verdict
 from meshd_cms.types import Epoch, NodeId
 
 ALIVE, SUSPECT, DEAD, LEFT = MemberState
@@ -168,8 +168,12 @@ def test_the_address_of_a_dead_node_is_free() -> None:
     assert members.at_address(address(1)) is None
 
 
+def hashed(lives: list[tuple[NodeId, Epoch, int]]) -> bytes:
+    return StateHash().of(lives, lambda _: None)
+
+
 def test_the_state_hash_depends_on_the_lives_and_not_on_their_order() -> None:
     one, other = (node_id(1), Epoch(1), 0), (node_id(2), Epoch(1), 0)
-    assert state_hash([one, other], lambda _: None) == state_hash([other, one], lambda _: None)
+    assert hashed([one, other]) == hashed([other, one])
     raised = (node_id(2), Epoch(1), 1)
-    assert state_hash([one, other], lambda _: None) != state_hash([one, raised], lambda _: None)
+    assert hashed([one, other]) != hashed([one, raised])

@@ -55,7 +55,8 @@ _EPOCH_GAP_S: Final = (
     1.0  # between epochs of ours: each is a write to disk and a record signed anew
 )
 _ASK_GAP_S: Final = 1.0  # between questions to one member where it is
-_REFUTE_GAP_S: Final = 0.1  # between answers to an accuser who has no credit left
+_REFUTE_GAP_S: Final = 1.0  # between answers to an accuser who has no credit left
+_TELL_GAP_S: Final = 0.2  # between two tellings to one node of what is believed of it
 
 
 def _nothing(_: Member) -> None:
@@ -74,6 +75,7 @@ class Claims:
         self._tellers = Tellers(context)
         self._refuted_s = float("-inf")  # when we last refuted
         self._raised_s = float("-inf")  # when we last took a higher epoch
+        self._told_s: dict[NodeId, float] = {}  # when a node was told what is believed of it
         self._contested_s: dict[NodeId, float] = {}  # when a loser of an address was last accused
         self._orphans: dict[NodeId, float] = {}  # owner -> since when it is not listed
         self.newcomer: Callable[[Member], None] = _nothing  # a life that was not known of
@@ -102,7 +104,7 @@ class Claims:
         if epoch < last.epoch:
             # An earlier life: either it is a late datagram, or it lost its epoch and has to rise above.
             context.count("dropped_old_epoch")
-            context.send(peer, [Claim(last, merged=False)])
+            self._tell(last, peer)
             return False
         member = context.members.get(sender)
         if member is not None:
@@ -112,7 +114,7 @@ class Claims:
         if last.state is MemberState.LEFT:
             # Late words of one who went, or a leave that it never told: it says which, once it hears of it.
             context.count("dropped_left")
-            context.send(peer, [Claim(last, merged=False)])
+            self._tell(last, peer)
             for one in (
                 messages
             ):  # whoever brings it, what is believed of ourselves must not go unanswered
@@ -120,8 +122,20 @@ class Claims:
                     self.on_claim(one, sender, peer)
             return False
         # Suspected, dead or buried, and yet it speaks: tell it, so that it can refute.
-        context.send(peer, [Claim(last, merged=False)])
+        self._tell(last, peer)
         return True
+
+    def _tell(self, last: Update, peer: Peer) -> None:
+        """Tell a node what is believed of it; now and then, or two that believe ill would never be silent."""
+        context = self._context
+        told_s = self._told_s.pop(last.node, None)
+        if told_s is not None and context.now_s - told_s < _TELL_GAP_S:
+            self._told_s[last.node] = told_s
+            return
+        self._told_s[last.node] = context.now_s
+        if len(self._told_s) > context.config.members_max:
+            del self._told_s[next(iter(self._told_s))]
+        context.send(peer, [Claim(last, merged=False)])
 
     # -- claims -----------------------------------------------------------------------------------------
 
@@ -197,13 +211,11 @@ class Claims:
         """Forget members that are gone for long, and records of nobody."""
         context, config = self._context, self._context.config
         for member in context.members:
-            keep_s = {
-                MemberState.ALIVE: None,
-                MemberState.SUSPECT: None,
-                MemberState.DEAD: config.dead_keep_s,
-                MemberState.LEFT: config.left_keep_s,
-            }[member.state]
-            if keep_s is not None and context.now_s - member.since_s >= keep_s:
+            if member.is_live:
+                continue
+            left = member.state is MemberState.LEFT
+            keep_s = config.left_keep_s if left else config.dead_keep_s
+            if context.now_s - member.since_s >= keep_s:
                 self._forget(member)
         context.members.expire_graveyard(context.now_s)
         self._forget_orphans()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from meshd.core.config import GossipConfig
 from meshd.core.effects import Address, Effect, Lane, Notify, Send
 from meshd.core.events import Event
-from meshd.core.membership import LocalNode, Members, MemberState, Update, state_hash
+from meshd.core.membership import LocalNode, Members, MemberState, StateHash, Update
 from meshd.core.offences import Offence, Offences
 from meshd.core.suspicion import LocalHealth
 from meshd.core.timers import Timers
@@ -51,6 +51,7 @@ class Context:
         self.counters: Counter[str] = Counter()
         self.offences = Offences()
         self._effects: list[Effect] = []
+        self._state_hash = StateHash()
         self._hash = bytes(8)
         self._hash_is_stale = True
         self._hash_since_s = 0.0
@@ -122,13 +123,13 @@ class Context:
         self._hash_is_stale = True
 
     def state_hash(self) -> bytes:
-        """See `membership.state_hash`; computed when it is asked for."""
+        """See `membership.StateHash`; computed when it is asked for."""
         if self._hash_is_stale:
             lives = [(self.me.node, self.store.epoch, self.incarnation)]
             for member in self.members.live():
                 update = member.update
                 lives.append((update.node, update.epoch, update.incarnation))
-            now = state_hash(lives, self.store.line)
+            now = self._state_hash.of(lives, self.store.line)
             if now != self._hash:
                 self._hash, self._hash_since_s = now, self.now_s
             self._hash_is_stale = False

@@ -354,18 +354,33 @@ class Members:
 STATE_HASH_BYTES = 8
 
 
-def state_hash(
-    lives: Iterable[tuple[NodeId, Epoch, int]], line: Callable[[NodeId], DigestLine | None]
-) -> bytes:
+class StateHash:
     """8 bytes: XOR over (node, epoch, incarnation, record epoch, record version) of the live members.
 
     Two nodes that see the same live members and hold the same records have the same hash. Whether a
     member is suspected is left out: suspicions come and go by themselves.
     """
-    total = 0
-    for node, epoch, incarnation in lives:
-        held = line(node)
-        record = (0, 0) if held is None else (int(held.epoch), int(held.max_version))
-        text = b"%b %d %d %d %d" % (node, epoch, incarnation, *record)
-        total ^= int.from_bytes(hashlib.blake2b(text, digest_size=STATE_HASH_BYTES).digest(), "big")
-    return total.to_bytes(STATE_HASH_BYTES, "big")
+
+    def __init__(self) -> None:
+        self._tokens: dict[NodeId, tuple[tuple[int, int, int, int], int]] = {}
+
+    def of(
+        self,
+        lives: Iterable[tuple[NodeId, Epoch, int]],
+        line: Callable[[NodeId], DigestLine | None],
+    ) -> bytes:
+        """The hash; only what changed since the last call is hashed anew."""
+        before, self._tokens = self._tokens, {}
+        total = 0
+        for node, epoch, incarnation in lives:
+            held = line(node)
+            record = (0, 0) if held is None else (held.epoch, held.max_version)
+            particulars = (epoch, incarnation, *record)
+            known = before.get(node)
+            if known is None or known[0] != particulars:
+                text = b"%b %d %d %d %d" % (node, *particulars)
+                digest = hashlib.blake2b(text, digest_size=STATE_HASH_BYTES).digest()
+                known = (particulars, int.from_bytes(digest, "big"))
+            self._tokens[node] = known
+            total ^= known[1]
+        return total.to_bytes(STATE_HASH_BYTES, "big")

@@ -14,6 +14,7 @@ A ping to a suspect carries the suspicion first, so that it can refute at once (
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ class Prober:
         self._extras = extras
         self._ring: list[NodeId] = []
         self._next = 0
+        self._circle: list[Member] = []  # the alive, by id
+        self._circle_of: list[Member] | None = None  # what it was made of
         self._round_timer: Timer | None = None
         self._successor_is_next = context.rng.random() < 0.5
         self._probes: dict[int, _Probe] = {}
@@ -221,17 +224,17 @@ class Prober:
     def _successor(self) -> Member | None:
         """Who follows us in the ring of ids; the suspected are others' work already."""
         context = self._context
-        me = context.me.node
-        first: Member | None = None
-        after: Member | None = None
-        for member in context.members.live():
-            if member.state is not MemberState.ALIVE:
-                continue
-            if first is None or member.node < first.node:
-                first = member
-            if member.node > me and (after is None or member.node < after.node):
-                after = member
-        return after or first
+        live = context.members.live()
+        if (
+            live is not self._circle_of
+        ):  # the table makes a new list when somebody comes, goes or is suspected
+            self._circle_of = live
+            alive = (one for one in live if one.state is MemberState.ALIVE)
+            self._circle = sorted(alive, key=lambda one: one.node)
+        if not self._circle:
+            return None
+        place = bisect.bisect(self._circle, context.me.node, key=lambda one: one.node)
+        return self._circle[place % len(self._circle)]
 
     def _next_member(self) -> Member | None:
         for _ in range(len(self._ring) + 1):
