@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 from tests.support_daemons import HOST, Daemon, Mesh, UnixConnection
 
+from meshd.shell.envelope import enclose
+
 MESHD = [sys.executable, "-m", "meshd"]
 ECHO = "computation.gpt/echo"
 LOCAL = '[gossip]\npreset = "local"\n'
@@ -325,20 +327,22 @@ def test_an_epoch_that_is_raised_while_the_disk_refuses_ends_nothing(mesh: Mesh)
     peer.process.wait()
     state = peer.folder / "state"
     ahead = status(entry)["epoch"] + 10_000_000  # the clock of its last life was hours ahead
-    (state / "epoch").write_text(str(ahead))
+    for name in ("epoch", "epoch.copy"):
+        (state / name).write_bytes(enclose("epoch", 1, str(ahead).encode()))
     ghost = mesh.launch("peer", peer.port, peer.http_port)
     mesh.wait("the epoch to be known", entry, lambda: peer_states(entry)["peer"] == "alive")
     ghost.process.kill()
     ghost.process.wait()
     mesh.wait("its end", entry, lambda: peer_states(entry)["peer"] != "alive")
-    for name in ("epoch", "store.snapshot", "peers"):
+    for name in ("epoch", "epoch.copy", "store.snapshot", "peers"):
         (state / name).unlink(missing_ok=True)  # and what it knew is gone
     config = peer.folder / "meshd.toml"
     seeded = config.read_text()
     config.write_text(seeded.replace(f'seeds = ["{HOST}:{entry.port}"]', "seeds = []"))
     again = mesh.launch("peer", peer.port, peer.http_port)
     assert status(again)["epoch"] < ahead
-    (state / ".epoch.new").mkdir()  # nothing can be written there any more
+    for name in (".epoch.new", ".epoch.copy.new"):
+        (state / name).mkdir()  # nothing can be written there any more
     mesh.wait("the raise", again, lambda: status(again)["epoch"] > ahead, deadline_s=30)
     mesh.wait_for_capability(entry, ECHO)
     assert status(again)["counters"]["storage"]["failures"] >= 1

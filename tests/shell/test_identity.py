@@ -25,7 +25,15 @@ from meshd.shell.identity_errors import (
 from meshd.shell.keys import verify
 from meshd_cms.types import node_id_of, node_id_text
 
-ALL_FILES = {"mesh.toml", "root.crt", "root.key", "node.key", "node.crt", "datagram.key"}
+ALL_FILES = {
+    "SHA256SUMS",
+    "mesh.toml",
+    "root.crt",
+    "root.key",
+    "node.key",
+    "node.crt",
+    "datagram.key",
+}
 
 
 def names(folder: Path) -> set[str]:
@@ -136,6 +144,32 @@ def test_a_damaged_file_is_named_and_nothing_else_is_raised(
         path.chmod(0o600)
     with pytest.raises(IdentityError, match=str(tmp_path)):
         load_identity(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(ALL_FILES))
+def test_a_bit_that_flipped_in_any_byte_is_found_and_the_file_named(
+    tmp_path: Path, name: str
+) -> None:
+    init_mesh(tmp_path, "home")
+    path = tmp_path / "identity" / name
+    content = path.read_bytes()
+    for at in range(len(content)):
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        with pytest.raises(IdentityDamaged, match=str(tmp_path)):
+            load_identity(tmp_path)
+    path.write_bytes(content)
+    load_identity(tmp_path)
+
+
+def test_the_root_key_may_be_moved_away_and_back(tmp_path: Path) -> None:
+    init_mesh(tmp_path, "home")
+    key, safe = tmp_path / "identity" / "root.key", tmp_path / "safe"
+    key.rename(safe)
+    assert not load_identity(tmp_path).is_founder
+    safe.rename(key)
+    assert load_identity(tmp_path).is_founder
 
 
 def test_files_of_two_identities_do_not_mix(tmp_path: Path) -> None:

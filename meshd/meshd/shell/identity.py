@@ -8,13 +8,17 @@ Under `<state_dir>/identity/`, directory 0700, files 0600::
     node.crt        its certificate, and the enrolment authority's where that signed it
     datagram.key    the mesh's datagram key (hex)
     root.key        the mesh's root key: only on the node that founded the mesh
+    SHA256SUMS      of all these, as `sha256sum --check` reads it
 
 The directory appears whole or not at all (it is written beside and renamed), and is never overwritten.
+Nothing in it changes after that, so a sum of each file tells a bit that flipped: a datagram key or a
+certificate that is wrong in one bit reads well, and the node would be shut out without a word.
 Enrolling further nodes is in `meshd.shell.enrolment`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shutil
@@ -65,8 +69,16 @@ ROOT_KEY_FILE: Final = "root.key"
 NODE_CERTIFICATE_FILE: Final = "node.crt"
 NODE_KEY_FILE: Final = "node.key"
 DATAGRAM_KEY_FILE: Final = "datagram.key"
+SUMS_FILE: Final = "SHA256SUMS"
 _REQUIRED: Final = frozenset(
-    {MESH_FILE, ROOT_CERTIFICATE_FILE, NODE_CERTIFICATE_FILE, NODE_KEY_FILE, DATAGRAM_KEY_FILE}
+    {
+        MESH_FILE,
+        ROOT_CERTIFICATE_FILE,
+        NODE_CERTIFICATE_FILE,
+        NODE_KEY_FILE,
+        DATAGRAM_KEY_FILE,
+        SUMS_FILE,
+    }
 )
 
 
@@ -120,6 +132,7 @@ def load_identity(state_dir: Path) -> Identity:
     directory = identity_dir(state_dir)
     try:
         _check_permissions(directory)
+        _check_sums(directory)
         mesh, name = _read_mesh(directory)
         key_file, chain_file = directory / NODE_KEY_FILE, directory / NODE_CERTIFICATE_FILE
         root_file = directory / ROOT_CERTIFICATE_FILE
@@ -206,7 +219,7 @@ def write_identity(state_dir: Path, files: Mapping[str, bytes]) -> None:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=".identity-", dir=state_dir))  # 0700
         try:
-            for name, content in files.items():
+            for name, content in {**files, SUMS_FILE: _sums(files)}.items():
                 write_private(new / name, content)
             _sync_directory(new)
             new.rename(
@@ -278,6 +291,28 @@ def _check_permissions(directory: Path) -> None:
     for path in sorted(directory.iterdir()):
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise IdentityUnsafe(f"others can read {path}: run `chmod 600 {path}`")
+
+
+def _sums(files: Mapping[str, bytes]) -> bytes:
+    return b"".join(
+        b"%b  %b\n" % (hashlib.sha256(content).hexdigest().encode(), name.encode())
+        for name, content in files.items()
+    )
+
+
+def _check_sums(directory: Path) -> None:
+    """Raise IdentityDamaged unless every file is as it was written. The root key may have been moved away."""
+    lines = (directory / SUMS_FILE).read_bytes().splitlines()
+    sums = {name: digest for digest, _, name in (line.partition(b"  ") for line in lines)}
+    for path in sorted(directory.iterdir()):
+        listed = sums.pop(path.name.encode(), None)
+        ours = path.name in _REQUIRED or path.name == ROOT_KEY_FILE
+        if path.name == SUMS_FILE or not ours:
+            continue
+        if listed != hashlib.sha256(path.read_bytes()).hexdigest().encode():
+            raise IdentityDamaged(f"{path} is not as it was written; {_RESTORE}")
+    if sums.keys() - {ROOT_KEY_FILE.encode()}:
+        raise IdentityDamaged(f"{directory / SUMS_FILE} is not as it was written; {_RESTORE}")
 
 
 def _read_mesh(directory: Path) -> tuple[MeshId, str]:
