@@ -1,4 +1,8 @@
-"""Which addresses this node has, and which of them it tells others."""
+"""Which addresses this node has, and which of them it tells others.
+
+A node speaks one family, that of the address it listens on: IPv4 by default, IPv6 when told to listen on
+`::` or an IPv6 address. All nodes of a mesh speak the same.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,18 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
-import trio
 
 from meshd.core.effects import Address
 from meshd.shell.driver import open_datagram_socket
+from meshd.shell.interfaces import ChangeNews, interfaces_up, is_loopback
 
 ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not bound
 PORT_TRIES = 16  # a free TCP port may be taken for UDP
 STREAM_BACKLOG = 128
-CHECK_INTERVAL_S = 2.0  # looks at the interfaces cost 0.3 ms; up: a new network is used later
 LOOPBACK = "127.0.0.1"
+LOOPBACK_V6 = "::1"
 
 
 class ListenError(Exception):
@@ -49,7 +52,7 @@ def listen(host: str, port: int) -> Listening:
     Raises:
         ListenError: the port is taken, or the address is not this machine's.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = family_of(host)
     for attempt in range(PORT_TRIES):
         streams = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -71,22 +74,30 @@ def listen(host: str, port: int) -> Listening:
     raise ListenError(f"no port on {host} is free for both UDP and TCP")
 
 
-def advertised_host(host: str, advertise: str, held: str = LOOPBACK) -> str:
+def family_of(host: str) -> socket.AddressFamily:
+    """The family of an address literal."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def advertised_host(host: str, advertise: str, held: str = "") -> str:
     """The address that others are told: as configured, else where we listen, else the best we have.
 
     The best is the one that the default route would use; without a route, `held` while an interface
-    that is up has it, else the first address of such an interface; without one, `held`: a cable that
-    is pulled moves nobody.
+    that is up has it, else the first address of such an interface; without one, `held` or loopback: a
+    cable that is pulled moves nobody.
     """
     if advertise:
         return advertise
     if host not in ANY:
         return host
-    routed = _routed_address()
+    family = family_of(host)
+    routed = _routed_address(family)
     if routed is not None:
         return routed
-    others = outward_addresses()
-    return held if held in others or not others else others[0]
+    others = outward_addresses(family)
+    if not others:
+        return held or (LOOPBACK_V6 if family == socket.AF_INET6 else LOOPBACK)
+    return held if held in others else others[0]
 
 
 class Whereabouts:
@@ -105,25 +116,26 @@ class Whereabouts:
         self._host = host
         self._advertise = advertise
         self.address: Address = (advertised_host(host, advertise), port)
-        self._interfaces = _interfaces_up()
+        self._interfaces = interfaces_up(family_of(host))
 
     def announced(self) -> tuple[str, ...]:
         """What mDNS tells: all addresses that we listen on, for a peer shares some of our networks only."""
-        outward = tuple(a for _, a in self._interfaces if not a.startswith("127."))
+        outward = tuple(each.address for each in self._interfaces if not each.is_loopback)
         return (outward if self._host in ANY else ()) or (self.address[0],)
 
     async def watch(self, changed: Callable[[], None]) -> None:
         """Call `changed` after an interface or our address changed, until cancelled."""
-        while True:
-            await trio.sleep(CHECK_INTERVAL_S)
-            moved = False
-            with suppress(OSError):  # an interface that goes while we look: the next look tells
-                moved = self._look()
-            if moved:
-                changed()
+        with ChangeNews() as news:
+            while True:
+                await news.wait()
+                moved = False
+                with suppress(OSError):  # an interface that goes while we look: the next look tells
+                    moved = self._look()
+                if moved:
+                    changed()
 
     def _look(self) -> bool:
-        interfaces = _interfaces_up()
+        interfaces = interfaces_up(family_of(self._host))
         held, port = self.address
         address = (advertised_host(self._host, self._advertise, held), port)
         same = (interfaces, address) == (self._interfaces, self.address)
@@ -131,38 +143,19 @@ class Whereabouts:
         return not same
 
 
-def interface_addresses() -> tuple[str, ...]:
-    """IPv4 addresses of all interfaces that are up, loopback last."""
-    found = [address for _, address in _interfaces_up()]
-    return tuple(sorted(found, key=lambda address: address.startswith("127.")))
+def interface_addresses(family: socket.AddressFamily = socket.AF_INET) -> tuple[str, ...]:
+    """Addresses of all interfaces that are up, loopback last."""
+    found = [interface.address for interface in interfaces_up(family)]
+    return tuple(sorted(found, key=is_loopback))
 
 
-def outward_addresses() -> tuple[str, ...]:
-    """IPv4 addresses of all interfaces that are up, without loopback."""
-    return tuple(a for a in interface_addresses() if not a.startswith("127."))
-
-
-def _interfaces_up() -> tuple[tuple[str, str], ...]:
-    """Name and IPv4 address of each interface that is up and has a link; bridges last.
-
-    The bridge of a container runtime has the same address on every host: a peer told of it finds itself.
-    """
-    up, addresses = psutil.net_if_stats(), psutil.net_if_addrs()
-    names = sorted(name for name in addresses if name in up and up[name].isup)
-    return tuple(
-        (name, each.address)
-        for name in sorted(names, key=_is_bridge)
-        for each in addresses[name]
-        if each.family == socket.AF_INET
-    )
-
-
-def _is_bridge(interface: str) -> bool:
-    return Path("/sys/class/net", interface, "bridge").exists()
+def outward_addresses(family: socket.AddressFamily = socket.AF_INET) -> tuple[str, ...]:
+    """Addresses of all interfaces that are up, without loopback."""
+    return tuple(address for address in interface_addresses(family) if not is_loopback(address))
 
 
 def multicast_interfaces(host: str, interfaces: Sequence[str]) -> tuple[str, ...]:
-    """IPv4 addresses of the interfaces that mDNS uses now; () when none of them has one.
+    """Addresses, of our family, of the interfaces that mDNS uses now; () when none of them has one.
 
     Args:
         host: where we listen; one address means that interface only.
@@ -171,14 +164,16 @@ def multicast_interfaces(host: str, interfaces: Sequence[str]) -> tuple[str, ...
     Raises:
         ListenError: an interface is not there, with those that are.
     """
+    family = family_of(host)
     if not interfaces:
-        return interface_addresses() if host in ANY or ":" in host else (host,)
+        return interface_addresses(family) if host in ANY else (host,)
     addresses = psutil.net_if_addrs()
+    up = interfaces_up(family)
     found: list[str] = []
     for interface in interfaces:
         if interface in addresses:
-            found += [a.address for a in addresses[interface] if a.family == socket.AF_INET]
-        elif interface in interface_addresses():
+            found += [each.address for each in up if each.name == interface]
+        elif any(each.address == interface for each in up):
             found.append(interface)
         else:
             known = ", ".join(sorted(addresses))
@@ -192,24 +187,27 @@ def multicast_interfaces(host: str, interfaces: Sequence[str]) -> tuple[str, ...
 def parse_seed(text: str, listening: str = LOOPBACK) -> Address:
     """`host:port` with the host resolved to its first address; blocks on DNS for a name.
 
-    A node that listens on IPv4 reaches nobody by IPv6, which resolvers tell first.
+    A node that listens on one family reaches nobody by the other, whichever resolvers tell first.
 
     Raises:
         ListenError: it does not resolve.
     """
     host, _, port = text.rpartition(":")
-    family = socket.AF_UNSPEC if ":" in listening else socket.AF_INET
     try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), family, socket.SOCK_DGRAM)
+        found = socket.getaddrinfo(
+            host.strip("[]"), int(port), family_of(listening), socket.SOCK_DGRAM
+        )
     except (OSError, ValueError) as error:
         raise ListenError(f"discovery.seeds: cannot resolve {text!r}: {error}") from error
     address = found[0][4]
     return str(address[0]), int(address[1])
 
 
-def _routed_address() -> str | None:
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # RFC 5737; connecting a datagram socket sends nothing
+def _routed_address(family: socket.AddressFamily) -> str | None:
+    # RFC 3849 and 5737; connecting a datagram socket sends nothing.
+    nobody = "2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1"
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((nobody, 9))
         return str(probe.getsockname()[0])
     return None
 
@@ -222,7 +220,7 @@ def _what_to_do(error: OSError, host: str, port: int) -> str:
                 " [listen] port to another port (0 takes any free one)"
             )
         case errno.EADDRNOTAVAIL:
-            known = ", ".join(interface_addresses())
+            known = ", ".join(interface_addresses(family_of(host)))
             return f"{host} is not an address of this machine; set [listen] host to one of: {known}"
         case errno.EACCES:
             return f"port {port} needs privileges; set [listen] port to one above 1023"

@@ -50,6 +50,7 @@ RETRY_FIRST_S = 1.0
 RETRY_MAX_S = 60.0
 TXT_VALUE_BYTES_MAX = 200  # one TXT string holds 255 bytes with its key
 CLOSE_DEADLINE_S = 2.0
+STRANGERS_MAX = 32  # addresses of other meshes that are kept for a person to look for
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Announcement:
 
     instance: str  # unique on the link: the node id's text
     port: int
-    addresses: tuple[str, ...]  # IPv4 literals
+    addresses: tuple[str, ...]  # literals, IPv4 or IPv6
     mesh_tag: str  # opaque to strangers, equal for nodes of one mesh
     text: Mapping[str, str]  # further TXT keys
 
@@ -104,8 +105,8 @@ class MdnsDiscovery:
 
     Args:
         announcement: what is registered; change it with `announce`.
-        interfaces: gives the IPv4 addresses of the interfaces to use, as of now; asked again by each
-            `restart` and retry. It may raise ListenError.
+        interfaces: gives the addresses of the interfaces to use, all of one family, as of now; asked
+            again by each `restart` and retry. It may raise ListenError.
         found: called in the trio thread with an address that answered for this mesh.
         log: bound logger.
     """
@@ -126,6 +127,7 @@ class MdnsDiscovery:
         self._outdated = False  # the zeroconf instance uses interfaces of the past
         self._limiter = trio.CapacityLimiter(2)  # a call in flight, and close
         self.statistics = DiscoveryStatistics()
+        self.strangers: dict[str, None] = {}  # where other meshes announce nodes, the latest last
 
     def announce(self, announcement: Announcement) -> None:
         """Announce something else from now on; the record is updated in the background."""
@@ -182,6 +184,7 @@ class MdnsDiscovery:
         properties = info.decoded_properties
         if properties.get("mesh") != self._announcement.mesh_tag:
             self.statistics.other_mesh += 1
+            self._remember_stranger(info)
             return
         if properties.get("v") != PROTOCOL_VERSION:
             self.statistics.other_protocol += 1
@@ -189,8 +192,24 @@ class MdnsDiscovery:
         if properties.get("id") == self._announcement.instance or info.port is None:
             return
         self.statistics.hints += 1
-        for address in info.parsed_addresses(IPVersion.V4Only):
-            self._found((address, info.port))
+        ours = self._announcement
+        for address in info.parsed_addresses(self._family()):
+            # The bridge of a container runtime: what the peer calls its own is also an address of ours.
+            if (address, info.port) not in {(own, ours.port) for own in ours.addresses}:
+                self._found((address, info.port))
+
+    def _family(self) -> IPVersion:
+        """Of what we announce: that is what we listen on, and can contact."""
+        speaks_v6 = any(":" in address for address in self._announcement.addresses)
+        return IPVersion.V6Only if speaks_v6 else IPVersion.V4Only
+
+    def _remember_stranger(self, info: ServiceInfo) -> None:
+        for host in info.parsed_addresses(self._family())[:1]:
+            address = f"{host}:{info.port}"
+            self.strangers.pop(address, None)
+            self.strangers[address] = None
+            if len(self.strangers) > STRANGERS_MAX:
+                del self.strangers[next(iter(self.strangers))]
 
     async def _announce_and_browse(self, listener: ServiceListener) -> None:
         """One life of a zeroconf instance: until `restart`.
@@ -200,13 +219,14 @@ class MdnsDiscovery:
             ListenError: an interface to use is not there.
         """
         interfaces = list(self._interfaces())
-        missing = sorted(set(interfaces) - set(interface_addresses()))
+        there = {*interface_addresses(socket.AF_INET), *interface_addresses(socket.AF_INET6)}
+        missing = sorted(set(interfaces) - there)
         if missing:  # asked first: zeroconf leaks the sockets it had opened when one fails
             raise OSError(errno.EADDRNOTAVAIL, f"no interface has the address {missing[0]}")
         if not interfaces:
             raise OSError(errno.EADDRNOTAVAIL, "no interface to use has an address")
         zeroconf = await self._in_thread(
-            partial(Zeroconf, interfaces=interfaces, ip_version=IPVersion.V4Only)
+            partial(Zeroconf, interfaces=interfaces, ip_version=self._family())
         )
         try:
             # The constructor starts a thread and returns; the first query goes out at once.
@@ -236,7 +256,7 @@ class MdnsDiscovery:
             SERVICE_TYPE,
             f"{announcement.instance}.{SERVICE_TYPE}",
             port=announcement.port,
-            addresses=[socket.inet_aton(address) for address in announcement.addresses],
+            parsed_addresses=list(announcement.addresses),
             properties=announcement.properties(),
             server=f"meshd-{announcement.instance}.local.",
         )

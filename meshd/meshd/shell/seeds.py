@@ -21,8 +21,6 @@ THREADS_MAX = 4  # names that are looked up at once; one may hang for many secon
 class Seeds:
     """Looks the configured seeds up.
 
-    `addresses` holds those that are resolved so far.
-
     Args:
         seeds: "host:port" each.
         found: called with the address of each seed, once it is known.
@@ -43,7 +41,16 @@ class Seeds:
         self._log = log
         self._resolve = resolve
         self._limiter = trio.CapacityLimiter(THREADS_MAX)
-        self.addresses: tuple[Address, ...] = ()
+        self._found_at: dict[str, Address] = {}
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """Those that are resolved so far."""
+        return tuple(self._found_at.values())
+
+    def resolved(self) -> dict[str, Address | None]:
+        """Every seed with its address; None: its name is not known yet."""
+        return {seed: self._found_at.get(seed) for seed in self._seeds}
 
     async def run(self) -> None:
         """Return when all are resolved."""
@@ -65,6 +72,6 @@ class Seeds:
                 await trio.sleep(retry_s)
                 retry_s = min(2 * retry_s, RETRY_MAX_S)
             else:
-                self.addresses += (address,)
+                self._found_at[seed] = address
                 self._found(address)
                 return
