@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 KEEP ?=
 ASK ?=
 SEEDS ?= 20
+COUNT ?= 1000000
 PYTEST ?=
 
 # ASYNC114: wants a list of every startable function. ASYNC124: handlers of Starlette and hooks are async
@@ -16,7 +17,7 @@ override ASK := $(value ASK)
 export ASK PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-stop test check format sim bench build clean
+.PHONY: help venv demo demo-stop test check format sim fuzz plots bench build clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,8 +46,15 @@ format: venv ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-sim: venv ## the simulated mesh, SEEDS=N worlds
+sim: venv ## the simulated mesh, every scenario with SEEDS=N seeds
 	@$(BIN)/python -m tests.sim.run --seeds $(SEEDS)
+
+fuzz: venv ## COUNT=N broken datagrams, streams and files against the real code
+	@$(BIN)/python -m tests.fuzz.run --count $(COUNT)
+
+plots: venv ## the simulator's figures as pictures in docs/figures (installs matplotlib)
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --group plots
+	@$(BIN)/python -m tests.sim.run --plots docs/figures
 
 bench: venv ## the figures of docs/benchmarks.md
 	@for figure in $(notdir $(basename $(wildcard tests/bench/bench_*.py))); do \

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import gc
 import random
-import re
 import secrets
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 import trio
@@ -23,12 +22,12 @@ from meshd import __version__
 from meshd.config import Config, ConfigError, describe
 from meshd.config.gossip import gossip_config
 from meshd.core.effects import Address
-from meshd.core.events import Event, RecordChanged, SelfEpochRaised, SoftChanged
+from meshd.core.events import Event, MemberUpdated, RecordChanged, SelfEpochRaised, SoftChanged
 from meshd.core.membership import LocalNode, MemberState
 from meshd.core.mux import MuxConfig
 from meshd.core.node import NodeCore
 from meshd.core.scheduler import ExpectedTimePolicy, Scheduler, SchedulerConfig
-from meshd.core.sealing import Opener, Sealer, mesh_tag
+from meshd.core.sealing import Opener, Sealer
 from meshd.edge.app import build_app
 from meshd.edge.limits import EdgeLimits
 from meshd.edge.server import EdgeError, open_edge_sockets, serve_edge
@@ -36,7 +35,12 @@ from meshd.orchestrate.announcer import Announcer
 from meshd.orchestrate.catalogue import Catalogue
 from meshd.orchestrate.executor import Executor
 from meshd.orchestrate.host import CapabilityHost, HostChange
+from meshd.orchestrate.incidents import event_fields, event_name
+from meshd.orchestrate.inspection import is_inspection
+from meshd.orchestrate.lookout import Lookout
 from meshd.orchestrate.mesh import Faces, Mesh
+from meshd.orchestrate.parts import Discovered, Parts, at
+from meshd.orchestrate.presence import announcement, node_value
 from meshd.orchestrate.records import LOAD_KEY
 from meshd.orchestrate.remote import CallServer, PeerCapabilities
 from meshd.orchestrate.router import Router, RouterConfig
@@ -57,7 +61,8 @@ from meshd.shell.storage import Storage, StorageError
 from meshd.shell.streams import IncomingCall, PeerStreams, StreamConfig
 from meshd.shell.supervisor import ProcessSupervisor
 from meshd.shell.systemd import Notifier
-from meshd_cms import Epoch, NodeId, node_id_short, node_id_text
+from meshd.shell.witness import WitnessStreams
+from meshd_cms import Epoch, NodeId, node_id_text
 from meshd_plugins.api import Logger, PluginContext, Value
 from meshd_plugins.manager import PluginManager
 from meshd_plugins.sources import UnknownPluginError, entry_points
@@ -65,12 +70,9 @@ from meshd_plugins.sources import UnknownPluginError, entry_points
 StartError = (ConfigError, EdgeError, IdentityError, ListenError, StorageError, UnknownPluginError)
 """What can be wrong before a daemon is up; each says what to do."""
 
+SOFTWARE = f"meshd {__version__}"
 EXIT_NOT_STARTED = 78  # EX_CONFIG: the unit does not restart on it
-PROTOCOL_VERSION = 1
-MDNS_SHOWN_MAX = 256  # addresses kept for `meshd status`; hints beyond it still count
-GC_THRESHOLD = (
-    10_000  # allocations between collections of the young; raising it: fewer, longer ones
-)
+GC_THRESHOLD = 10_000  # allocations between collections of the young; up: fewer, longer ones
 STREAM_DRAIN_S = 2.0
 UNKNOWN_ADDRESS: Address = ("0.0.0.0", 0)  # noqa: S104 - a placeholder, never bound
 
@@ -98,14 +100,6 @@ def leaves(group: BaseExceptionGroup[Exception]) -> Iterator[Exception]:
             yield from leaves(error)
         else:
             yield error
-
-
-@dataclass(slots=True)
-class _Discovered:
-    """Where addresses of others came from: for `meshd status`, and for the demo's last line."""
-
-    mdns: set[Address]
-    remembered: tuple[Address, ...]
 
 
 def settle_garbage_collector() -> None:
@@ -146,10 +140,12 @@ class Daemon:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals, signals, nursery.cancel_scope)
                 await nursery.start(self._streams.serve, [self._stream_listener()])
+                await nursery.start(self._witness.run)
                 await nursery.start(self._driver.run)
                 await nursery.start(self._plugins.run)
                 nursery.start_soon(self._announcer.run)
                 nursery.start_soon(self._keeper.run)
+                nursery.start_soon(self._lookout.incidents.run)
                 nursery.start_soon(self._whereabouts.watch, self._network_changed)
                 await nursery.start(
                     partial(serve_edge, self._edge, self._edge_sockets, graceful_s=1.0)
@@ -199,7 +195,7 @@ class Daemon:
         self._me: NodeId = self._identity.node_id
         self._storage = Storage(state_dir)
         remembered = self._storage.load_peers() if config.discovery.remember else ()
-        self._discovered = _Discovered(set(), remembered)
+        self._discovered = Discovered({}, remembered)
         self._seeds = Seeds(
             config.discovery.seeds,
             found=lambda address: self._join((address,)),
@@ -217,10 +213,16 @@ class Daemon:
             self._listening.close()
             raise
         self._build_gossip()
-        self._build_serving()
+        self._host = CapabilityHost(
+            queue_max=config.limits.queue_max,
+            changed=self._capability_changed,
+            load_changed=lambda: self._announcer.load_changed(),
+            log=log,
+        )
         self._discovery = MdnsDiscovery(
             self._announcement(), interfaces=interfaces, found=self._found, log=log
         )
+        self._build_serving()
         self._plugins.load()
         self._plugins.register()
         self._announcer.node(self._about_node(), self._plugins.facts())
@@ -240,6 +242,12 @@ class Daemon:
         key, mesh_id = self._identity.datagram_key, self._identity.mesh_id
         self._sealer = Sealer(key, mesh_id, self._me, self._store.epoch)
         self._opener = Opener((key,), mesh_id, self._me)
+        self._witness = WitnessStreams(
+            self._me,
+            self._sealer,
+            self._opener,
+            lambda node, epoch, evident: self._driver.watch_ended(node, epoch, evident),
+        )
         self._streams = PeerStreams(
             self._identity,
             StreamConfig(mux=MuxConfig(frame_bytes_max=config.limits.request_bytes_max)),
@@ -248,6 +256,7 @@ class Daemon:
             on_gossip=self._gossip_from_stream,
             load=self._own_load,
             on_load=self._load_on_reply,
+            witness=self._witness.accept,
             log=self._log,
         )
         self._driver = GossipDriver(
@@ -256,6 +265,7 @@ class Daemon:
             sealer=self._sealer,
             opener=self._opener,
             streams=self._streams,
+            witness=self._witness,
             notify=self._notified,
             log=self._log,
         )
@@ -276,12 +286,6 @@ class Daemon:
             post=self._driver.post,
             catalogue=self._catalogue,
             figures=self._plugins.load_figures,
-            log=log,
-        )
-        self._host = CapabilityHost(
-            queue_max=config.limits.queue_max,
-            changed=self._capability_changed,
-            load_changed=self._announcer.load_changed,
             log=log,
         )
         self._announcer.host = self._host
@@ -305,11 +309,11 @@ class Daemon:
             self._host,
             PeerCapabilities(self._streams),
         )
-        self._router = router
+        self._lookout = self._build_lookout(router)
         self._mesh = Mesh(
             self._catalogue,
             Executor(router, self._me.hex()),
-            Faces(self._status, self._plugins.status, self._described, self._leave),
+            Faces(self._lookout, self._plugins.status, self._described, self._leave),
             requests_max=config.limits.requests_max,
             log=log,
         )
@@ -319,6 +323,31 @@ class Daemon:
             deadline_max_s=config.limits.deadline_max_s,
         )
         self._edge = build_app(self._mesh, limits)
+
+    def _build_lookout(self, router: Router) -> Lookout:
+        parts = Parts(
+            config=self._config,
+            identity=self._identity,
+            store=self._store,
+            driver=self._driver,
+            opener=self._opener,
+            streams=self._streams,
+            storage=self._storage,
+            discovery=self._discovery,
+            discovered=self._discovered,
+            seeds=self._seeds,
+            supervisor=self._supervisor,
+            host=self._host,
+            announcer=self._announcer,
+            catalogue=self._catalogue,
+            router=router,
+            address=lambda: self._address,
+            http=self._http,
+            software=SOFTWARE,
+            began_s=self._began_s,
+            plugin_statistics=self._plugins.statistics,
+        )
+        return Lookout(parts, time.time)
 
     def _build_plugins(self) -> PluginManager:
         section = self._config.plugins
@@ -352,21 +381,13 @@ class Daemon:
         return trio.SocketListener(trio.socket.from_stdlib_socket(self._listening.streams))
 
     def _about_node(self) -> dict[str, Value]:
-        node = self._config.node
-        return {
-            "name": node.name,
-            "software": f"meshd {__version__}",
-            "protocol": PROTOCOL_VERSION,
-            "addresses": [f"{self._address[0]}:{self._address[1]}"],
-            "zone": node.zone,
-            "labels": list(node.labels),
-            "epoch": int(self._store.epoch),
-        }
+        return node_value(self._config, self._address, self._store.epoch, SOFTWARE)
 
     # -- what the parts tell each other ------------------------------------------------------------------
 
     def _notified(self, event: Event) -> None:
         """An event of the node core; runs in the driver's task."""
+        self._lookout.incidents.note(event)
         match event:
             case RecordChanged():
                 self._catalogue.record_changed(event.owner)
@@ -381,9 +402,12 @@ class Daemon:
                     self._log.warning("epoch.not_kept", epoch=event.epoch)
                 self._sealer.rekey(event.epoch)
                 self._streams.raise_epoch(event.epoch)
+                self._witness.renew()
             case _:
+                if isinstance(event, MemberUpdated):
+                    self._streams.moved(event.node)
                 self._catalogue.members_changed()
-                self._log.info(_event_name(event), **_event_fields(event))
+                self._log.info(event_name(event), **event_fields(event))
 
     def _capability_changed(self, change: HostChange) -> None:
         self._announcer.capability_changed(change)
@@ -391,8 +415,7 @@ class Daemon:
 
     def _found(self, address: Address) -> None:
         """MDNS heard of an address: contact it, unless a member is there."""
-        if len(self._discovered.mdns) < MDNS_SHOWN_MAX:
-            self._discovered.mdns.add(address)
+        self._discovered.by_mdns(address)
         known = {
             view.address for view in self._catalogue.members() if view.state is MemberState.ALIVE
         }
@@ -406,9 +429,12 @@ class Daemon:
         self._driver.post(lambda core, now_s: core.update_address(address, now_s))
         self._announcer.node(self._about_node(), {})
         self._discovery.restart(self._announcement())
+        self._streams.doubt()
         self._join((*self._seeds.addresses, *self._discovered.remembered))
 
     async def _serve_call(self, call: IncomingCall) -> Value:
+        if is_inspection(call):
+            return await self._lookout.inspections.serve(call)
         return await self._call_server.serve(call)
 
     def _gossip_from_stream(self, sender: NodeId, epoch: Epoch, payload: bytes) -> None:
@@ -432,6 +458,10 @@ class Daemon:
     def _address(self) -> Address:
         return self._whereabouts.address
 
+    @property
+    def _http(self) -> str:
+        return f"http://{self._config.http.host}:{self._edge_sockets.port}"
+
     # -- for people --------------------------------------------------------------------------------------
 
     async def _leave(self) -> None:
@@ -448,59 +478,9 @@ class Daemon:
     def _described(self) -> list[Mapping[str, Value]]:
         return list(describe(self._config))
 
-    def _status(self) -> Mapping[str, Value]:
-        members = self._core.members()
-        states = {
-            state.value: sum(view.state is state for view in members) for state in MemberState
-        }
-        discovery = self._discovery.statistics
-        return {
-            "node": node_id_text(self._me),
-            "name": self._config.node.name,
-            "mesh": self._identity.mesh_name,
-            "mesh_id": self._identity.mesh_id.hex(),
-            "version": __version__,
-            "epoch": int(self._store.epoch),
-            "address": f"{self._address[0]}:{self._address[1]}",
-            "http": f"http://{self._config.http.host}:{self._edge_sockets.port}",
-            "uptime_s": round(trio.current_time() - self._began_s, 1),
-            "members": states,
-            "capabilities": [descriptor.id for descriptor in self._host.descriptors()],
-            "load": dict(self._announcer.load()),
-            "discovery": {
-                "mdns": self._config.discovery.mdns,
-                "mdns_registered": discovery.registered,
-                "mdns_found": sorted(f"{host}:{port}" for host, port in self._discovered.mdns),
-                "mdns_error": discovery.last_error,
-                "other_mesh": discovery.other_mesh,
-                "seeds": list(self._config.discovery.seeds),
-                "remembered": [f"{host}:{port}" for host, port in self._discovered.remembered],
-            },
-            "workers": [asdict(worker) for worker in self._supervisor.statistics()],
-            "counters": {
-                "gossip": dict(self._core.statistics()),
-                "datagrams": asdict(self._driver.statistics),
-                "dropped": dict(self._opener.statistics()),
-                "streams": asdict(self._streams.statistics),
-                "routing": asdict(self._router.statistics),
-                "storage": asdict(self._storage.statistics),
-                "plugins": dict(self._plugins.statistics()),
-            },
-        }
-
     def _announcement(self) -> Announcement:
-        """What mDNS shows of us: an opaque tag, and what we serve if the configuration allows it."""
-        text: dict[str, str] = {}
-        if self._config.discovery.announce_models:
-            names = sorted({descriptor.name for descriptor in self._host.descriptors()})
-            text = {"node": self._config.node.name, "names": ",".join(names)}
-        return Announcement(
-            instance=node_id_text(self._me),
-            port=self._address[1],
-            addresses=self._whereabouts.announced(),
-            mesh_tag=mesh_tag(self._identity.mesh_id).hex(),
-            text=text,
-        )
+        names = (descriptor.name for descriptor in self._host.descriptors())
+        return announcement(self._config, self._identity, self._whereabouts, names)
 
     def _join(self, addresses: Sequence[Address]) -> None:
         """Contact configured seeds or the peers of the last run."""
@@ -513,23 +493,8 @@ class Daemon:
             "daemon.ready",
             node=node_id_text(self._me),
             mesh=self._identity.mesh_name,
-            address=f"{self._address[0]}:{self._address[1]}",
-            http=f"http://{self._config.http.host}:{self._edge_sockets.port}",
+            address=at(self._address),
+            http=self._http,
             socket=str(self._edge_sockets.path),
             took_s=round(trio.current_time() - self._began_s, 3),
         )
-
-
-def _event_name(event: Event) -> str:
-    """`member.joined` of `MemberJoined`."""
-    words = re.findall(r"[A-Z][a-z]*", type(event).__name__)
-    return f"{words[0]}.{'_'.join(words[1:])}".lower()
-
-
-def _event_fields(event: Event) -> dict[str, object]:
-    """An event as log fields; ids in the form that people type."""
-    return {
-        field.name: node_id_short(NodeId(value)) if isinstance(value, bytes) else value
-        for field in fields(event)
-        for value in (getattr(event, field.name),)
-    }

@@ -28,6 +28,7 @@ from meshd.orchestrate.events import (
     Routed,
     SubtaskDone,
 )
+from meshd.orchestrate.metrics import Family
 from meshd.orchestrate.service import Take
 from meshd_naming import MissingSuffix, NotServed
 from meshd_plugins.api import BadRequest, Failed, Refused, Usage, Value
@@ -52,6 +53,7 @@ class FakeMesh:
         self.started = trio.Event()
         self.left = False
         self.gap_s = gap_s
+        self.worst = "warning"
 
     async def ask(self, ask: Ask, take: Take) -> None:
         self.asks.append(ask)
@@ -130,8 +132,84 @@ class FakeMesh:
             "mesh": "home",
             "uptime_s": 3725.0,
             "members": {"alive": 2, "suspect": 0},
-            "counters": {"drops": 0},
+            "health": {"errors": 0, "warnings": 2, "notes": 1},
+            "counters": {
+                "gossip": {"rumours_sent": 41, "suspicions_raised": 2},
+                "dropped": {"opened": 9, "other_mesh": 3, "own": 0},
+            },
             "key": b"\x01\xff",
+        }
+
+    def metrics(self) -> list[Family]:
+        return [
+            Family("meshd_members", "Members.", False, [({"state": "alive"}, 2.0)]),
+            Family("meshd_gossip_rumours_sent_total", "Rumours.", True, [({}, 1234567.0)]),
+        ]
+
+    def store(self, node: str) -> Mapping[str, Value]:
+        if node not in ("", "pi"):
+            raise Refused(f"there is no node {node!r}", code="unknown_node")
+        record: dict[str, Value] = {
+            "node": NODE,
+            "name": "pi",
+            "state": "alive",
+            "epoch": 7,
+            "version": 12,
+            "floor": 3,
+            "complete": True,
+            "keys": 1,
+            "tombstones": 1,
+            "size_bytes": 300,
+            "age_s": 1.5,
+        }
+        if node:
+            entry: dict[str, Value] = {"version": 12, "size_bytes": 150, "tombstone": False}
+            record["entries"] = [
+                {**entry, "key": "node", "value": {"name": "pi", "raw": b"\x01"}},
+                {**entry, "key": "old", "value": None, "tombstone": True},
+            ]
+        return {"records": [record]}
+
+    async def store_diff(self, node: str) -> Mapping[str, Value]:
+        if node == "slow":
+            try:
+                self.started.set()
+                await trio.sleep_forever()
+            finally:
+                self.cancelled.set()
+        if node == "mute":
+            raise Failed("no answer within 5 s", code="deadline_exceeded")
+        behind: dict[str, Value] = {
+            "node": "x" * 26,
+            "name": "nano",
+            "state": "alive",
+            "behind": "there",
+            "reason": "2 versions behind",
+            "here": {"epoch": 7, "version": 5, "floor": 0},
+            "there": None,
+        }
+        in_step = node == "twin"
+        return {
+            "node": NODE,
+            "name": node,
+            "records_here": 3,
+            "records_there": 3,
+            "in_step": in_step,
+            "differences": [] if in_step else [behind],
+        }
+
+    async def doctor(self) -> Mapping[str, Value]:
+        return {
+            "worst": self.worst,
+            "tally": {"errors": 0, "warnings": 1, "notes": 0},
+            "findings": [
+                {
+                    "code": "clock_off",
+                    "severity": "warning",
+                    "says": "This node's clock is 31 s behind.",
+                    "do": "Synchronise it.",
+                }
+            ],
         }
 
     def peers(self) -> list[Mapping[str, Value]]:
@@ -143,10 +221,14 @@ class FakeMesh:
                 "state": "alive",
                 "self": False,
                 "since_s": 12.0,
+                "epoch": 7,
+                "incarnation": 1,
+                "heard_age_s": 0.25,
                 "round_trip_ms": 0.4,
                 "load_age_s": 0.5,
                 "load": {"cpu": 0.25},
-                "capabilities": 2,
+                "capabilities": 1,
+                "serves": ["knowledge.gpt/general"],
             }
         ]
 

@@ -19,6 +19,7 @@ from meshd.orchestrate.events import Ask, AskEvent, Piece, Routed
 from meshd.orchestrate.executor import Executor
 from meshd.orchestrate.host import CapabilityHost, Emit, HostChange
 from meshd.orchestrate.mesh import Faces, Mesh
+from meshd.orchestrate.metrics import Family
 from meshd.orchestrate.records import (
     NODE_KEY,
     capability_key,
@@ -169,7 +170,7 @@ class World:
         self.mesh = Mesh(
             self.catalogue,
             self.executor,
-            Faces(dict[str, Value], list[Mapping[str, Value]], list[Mapping[str, Value]], _nothing),
+            Faces(NothingToSee(), list[Mapping[str, Value]], list[Mapping[str, Value]], _nothing),
             requests_max=4,
             log=self.log,
         )
@@ -257,7 +258,26 @@ class World:
         state: MemberState = MemberState.ALIVE,
     ) -> MemberView:
         address = (f"127.0.0.{number}", 7946)
-        return MemberView(node, name, address, state, Epoch(1), 0, 0.0, 0.001, is_self)
+        return MemberView(node, name, address, state, Epoch(1), 0, 0.0, 0.001, is_self=is_self)
+
+
+class NothingToSee:
+    """An operator's view of no daemon."""
+
+    def status(self) -> Mapping[str, Value]:
+        return {}
+
+    def metrics(self) -> list[Family]:
+        return []
+
+    def store(self, node: str) -> Mapping[str, Value]:
+        return {"records": []}
+
+    async def store_diff(self, node: str) -> Mapping[str, Value]:
+        return {"differences": []}
+
+    async def doctor(self) -> Mapping[str, Value]:
+        return {"findings": []}
 
 
 async def _nothing() -> None:

@@ -198,8 +198,8 @@ def test_views(daemon: Path) -> None:
     assert "counters" not in status
     assert "counters" in meshd(daemon, "status", "-v").stdout.decode()
     peers = meshd(daemon, "peers").stdout.decode().splitlines()
-    assert peers[0].split()[:3] == ["NODE", "STATE", "ADDRESS"]
-    assert peers[1].split()[:3] == ["pi", "alive", "127.0.0.1:7946"]
+    assert peers[0].split()[:4] == ["NODE", "STATE", "SINCE", "ADDRESS"]
+    assert peers[1].split()[:5] == ["pi", "alive", "12", "s", "127.0.0.1:7946"]
     assert json.loads(meshd(daemon, "caps", "--json").stdout)[0]["name"].startswith("computation")
     assert "SmolLM2" in meshd(daemon, "caps").stdout.decode()
     assert "echo" in meshd(daemon, "plugins").stdout.decode()

@@ -11,7 +11,7 @@ from typing import Final
 import click
 
 from meshd import __version__
-from meshd.cli import ask, complete, look, node
+from meshd.cli import ask, complete, doctor, look, node, peers, store
 from meshd.cli.failures import CommandError, Exit
 from meshd.cli.settings import Settings
 
@@ -70,11 +70,13 @@ def cli(
 for command in (
     ask.ask,
     look.status,
-    look.peers,
+    peers.peers,
     look.caps,
     look.resolve,
     look.plugins,
     look.config,
+    store.store,
+    doctor.doctor,
     node.run,
     node.init,
     node.leave,

@@ -46,7 +46,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 class Client:
-    """A daemon's mesh API.
+    """A daemon's mesh API; `path` is the socket that is used.
 
     Args:
         paths: where its socket may be, best first; the first that exists is used.
@@ -54,10 +54,10 @@ class Client:
 
     def __init__(self, paths: tuple[Path, ...]) -> None:
         existing = (path for path in paths if _exists(path))
-        self._path = next(existing, paths[0])
+        self.path = next(existing, paths[0])
 
     def get(self, view: str, *, timeout_s: float = ANSWER_S, **query: str) -> Mapping[str, Value]:
-        """One of the views: status, peers, capabilities, plugins, config, resolve.
+        """One of the views, such as `status`; docs/api.md lists them.
 
         Raises:
             CommandError: not reachable, or the daemon's own error.
@@ -118,7 +118,7 @@ class Client:
     def _exchange(
         self, method: str, target: str, payload: Mapping[str, Value] | None, timeout_s: float
     ) -> Generator[http.client.HTTPResponse, None, None]:
-        connection = _UnixConnection(self._path, timeout_s)
+        connection = _UnixConnection(self.path, timeout_s)
         try:
             body = None if payload is None else json.dumps(payload).encode()
             headers = {} if body is None else {"Content-Type": "application/json"}
@@ -130,11 +130,11 @@ class Client:
                 raise _refusal(response)
             yield response
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
-            raise not_running(self._path) from error
+            raise not_running(self.path) from error
         except PermissionError as error:
-            raise not_permitted(self._path) from error
+            raise not_permitted(self.path) from error
         except TimeoutError as error:
-            raise no_answer(self._path, timeout_s) from error
+            raise no_answer(self.path, timeout_s) from error
         except (http.client.HTTPException, ConnectionError) as error:
             raise CommandError(
                 f"the daemon broke off: {type(error).__name__}", Exit.UNREACHABLE

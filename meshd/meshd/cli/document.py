@@ -18,7 +18,8 @@ _HEAD: Final = """\
 commands' own help by `python -m meshd.cli.document > docs/cli.md`; a test checks that it is current.
 
 Answers and tables go to standard output, everything else to standard error. `--json`, before or after
-the command, prints JSON for scripts; `meshd ask --json` prints one event a line (see [api.md](api.md)).
+the command, prints JSON for scripts; `meshd ask --json` prints one event a line (see [api.md](api.md)), and
+`meshd peers --watch --json` one change a line.
 
 ## Exit statuses
 
@@ -33,7 +34,11 @@ the command, prints JSON for scripts; `meshd ask --json` prints one event a line
 | 6 | the deadline passed |
 | 7 | the answer broke off after it had begun: what was printed is not complete |
 | 78 | of `meshd run`: it cannot start as it is set up (no mesh, a port in use, a plugin unknown) |
-| 130 | Ctrl-C; an ask is cancelled on every node |
+| 130 | Ctrl-C; an ask is cancelled on every node (`meshd peers --watch` ends so by design, with 0) |
+
+Two commands answer with their status as well: `meshd store diff` has 1 when the stores differ, and `meshd
+doctor` has 0 when all is well or there are only notes, 1 when the worst is a warning, 2 when it is an error, as
+monitoring programs expect of a check.
 
 ## Names
 

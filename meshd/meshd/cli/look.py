@@ -1,57 +1,43 @@
-"""Commands that look: status, peers, caps, resolve, plugins, config show."""
+"""Commands that look: status, caps, resolve, plugins, config show."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from meshd.cli import complete
 from meshd.cli.failures import Exit
-from meshd.cli.render import Column, duration, facts, harmless, plain, size, table, terminal_width
+from meshd.cli.render import (
+    Column,
+    duration,
+    facts,
+    harmless,
+    load_text,
+    plain,
+    rows_of,
+    table,
+    tally_text,
+    terminal_width,
+)
 from meshd.cli.settings import Settings, json_option, pass_settings, print_json
 
 if TYPE_CHECKING:
     from meshd_plugins.api import Value
 
 
-def _load(value: Value) -> str:
-    """What a person wants to see of a load: how busy, and whatever is out of the ordinary."""
-    if not isinstance(value, Mapping) or not value:
-        return plain(None)
-    parts: list[str] = []
-    cpu, memory, busy = (value.get(key) for key in ("cpu", "memory_free_bytes", "capabilities"))
-    if isinstance(cpu, int | float):
-        parts.append(f"cpu {cpu:.0%}")
-    if memory is not None:
-        parts.append(f"{size(memory)} free")
-    if isinstance(busy, Mapping):
-        parts.extend(
-            f"{harmless(name.partition('#')[0])} {'+'.join(map(plain, taken))}"
-            for name, taken in busy.items()
-            if isinstance(taken, list)
-        )
-    temperature = value.get("temperature_c")
-    if isinstance(temperature, int | float):
-        parts.append(f"{temperature:.0f} °C")
-    parts.extend(
-        word for word in ("draining", "throttled", "on_battery") if value.get(word) is True
-    )
-    return ", ".join(parts) or plain(None)
+_TELLING: Final = {
+    "rumours_sent": "rumours sent",
+    "exchanges": "repairs begun",
+    "suspicions_raised": "suspicions raised",
+    "suspicions_refuted": "refuted",
+    "deaths_declared": "deaths declared",
+    "stalls": "stalls",
+}
+_LONG: Final = ("counters", "load_ages_s", "workers")  # for --json and --verbose
 
-
-_PEERS: Final = (
-    Column("name", "node", lambda value: plain(value)),
-    Column("state", "state"),
-    Column("address", "address"),
-    Column("round_trip_ms", "rtt ms", right=True),
-    Column("capabilities", "caps", right=True),
-    Column("load", "load", _load),
-    Column("load_age_s", "load age", duration, right=True, optional=True),
-    Column("since_s", "since", duration, right=True),
-)
 _CAPABILITIES: Final = (
     Column("name", "name"),
     Column("node_name", "node"),
@@ -97,19 +83,37 @@ def status(settings: Settings, verbose: bool) -> None:
     if settings.as_json:
         print_json(view)
         return
-    shown = {**view, "load": _load(view.get("load"))}
-    click.echo(facts(shown, skip=("counters",)))
+    shown = {**view, "load": load_text(view.get("load")), "gossip": _gossip(view)}
+    if "health" in view:
+        shown["health"] = _health(view.get("health"))
+    click.echo(facts(shown, skip=_LONG))
     counters = view.get("counters")
     if verbose and isinstance(counters, Mapping):
         click.echo("\ncounters\n" + textwrap.indent(facts(counters), "  "))
 
 
-@click.command()
-@json_option
-@pass_settings
-def peers(settings: Settings) -> None:
-    """List the members of the mesh, this node first."""
-    _list(settings, "peers", _PEERS)
+def _health(value: Value) -> str:
+    """`2 warnings: run `meshd doctor``; what needs asking around is not in it."""
+    told = tally_text(value if isinstance(value, Mapping) else {}, ("errors", "warnings"))
+    return f"{told}: run `meshd doctor`" if told else "well, as far as is known here"
+
+
+def _gossip(view: Mapping[str, Value]) -> str:
+    """The few counters that tell a person something."""
+    counters = _inside(view, "counters")
+    gossip, dropped = _inside(counters, "gossip"), _inside(counters, "dropped")
+    parts = [f"{words} {plain(gossip[key])}" for key, words in _TELLING.items() if gossip.get(key)]
+    reasons = [
+        f"{plain(n)} {why}" for why, n in dropped.items() if n and not why.startswith("opened")
+    ]
+    if reasons:
+        parts.append(f"dropped {', '.join(reasons)}")
+    return ", ".join(parts) or plain(None)
+
+
+def _inside(value: Mapping[str, Value], key: str) -> Mapping[str, Value]:
+    found = value.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 @click.command()
@@ -122,7 +126,7 @@ def caps(settings: Settings) -> None:
         print_json(view["capabilities"])
         return
     shown: list[Mapping[str, Value]] = []
-    for row in _rows(view, "capabilities"):
+    for row in rows_of(view, "capabilities"):
         busy = "?" if row.get("busy") is None else plain(row.get("busy"))
         shown.append({**row, "slots": f"{busy}/{plain(row.get('slots'))}"})
     click.echo(table(shown, _CAPABILITIES, terminal_width()))
@@ -157,7 +161,7 @@ def resolve(
     settings = ctx.ensure_object(Settings)
     query = with_constraints(name, constraints)
     view = settings.client().get("resolve", name=query)
-    candidates, left_out = _rows(view, "candidates"), _rows(view, "left_out")
+    candidates, left_out = rows_of(view, "candidates"), rows_of(view, "left_out")
     if settings.as_json:
         print_json(view)
     elif candidates:
@@ -202,9 +206,4 @@ def _list(settings: Settings, key: str, columns: tuple[Column, ...]) -> None:
     if settings.as_json:
         print_json(view[key])
         return
-    click.echo(table(_rows(view, key), columns, terminal_width()))
-
-
-def _rows(view: Mapping[str, Value], key: str) -> list[Mapping[str, Value]]:
-    rows = view.get(key)
-    return cast("list[Mapping[str, Value]]", rows) if isinstance(rows, list) else []
+    click.echo(table(rows_of(view, key), columns, terminal_width()))

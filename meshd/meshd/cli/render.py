@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 if TYPE_CHECKING:
     from meshd_plugins.api import Value
@@ -62,6 +62,12 @@ def table(rows: Sequence[Mapping[str, Value]], columns: Sequence[Column], width:
 def terminal_width() -> int:
     """Columns of the terminal; a pipe has no end."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+
+
+def terminal_size() -> tuple[int, int]:
+    """Columns and lines of the terminal."""
+    found = shutil.get_terminal_size()
+    return found.columns, found.lines
 
 
 def facts(mapping: Mapping[str, Value], *, skip: Sequence[str] = ()) -> str:
@@ -122,6 +128,31 @@ def size(value: Value) -> str:
     return f"{amount:.3g} TB"
 
 
+def load_text(value: Value) -> str:
+    """What a person wants to see of a load: how busy, and whatever is out of the ordinary."""
+    if not isinstance(value, Mapping) or not value:
+        return plain(None)
+    parts: list[str] = []
+    cpu, memory, busy = (value.get(key) for key in ("cpu", "memory_free_bytes", "capabilities"))
+    if isinstance(cpu, int | float):
+        parts.append(f"cpu {cpu:.0%}")
+    if memory is not None:
+        parts.append(f"{size(memory)} free")
+    if isinstance(busy, Mapping):
+        parts.extend(
+            f"{harmless(name.partition('#')[0])} {'+'.join(map(plain, taken))}"
+            for name, taken in busy.items()
+            if isinstance(taken, list)
+        )
+    temperature = value.get("temperature_c")
+    if isinstance(temperature, int | float):
+        parts.append(f"{temperature:.0f} °C")
+    parts.extend(
+        word for word in ("draining", "throttled", "on_battery") if value.get(word) is True
+    )
+    return ", ".join(parts) or plain(None)
+
+
 def harmless(text: str) -> str:
     """The text on one line without control characters: a name from elsewhere must not drive a terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -143,6 +174,22 @@ def cell_width(text: str) -> int:
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text
     )
+
+
+def tally_text(counts: Mapping[str, Value], words: Sequence[str]) -> str:
+    """`1 error, 2 warnings`: of these words, in the plural, those that were counted."""
+    told = [(counts.get(word), word) for word in words]
+    return ", ".join(
+        f"{plain(count)} {word if count != 1 else word.removesuffix('s')}"
+        for count, word in told
+        if count
+    )
+
+
+def rows_of(view: Mapping[str, Value], key: str) -> list[Mapping[str, Value]]:
+    """The rows that an answer has under a key; none where it has something else."""
+    rows = view.get(key)
+    return cast("list[Mapping[str, Value]]", rows) if isinstance(rows, list) else []
 
 
 def _fit(cell: str, width: int, *, right: bool) -> str:

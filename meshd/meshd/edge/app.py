@@ -12,6 +12,7 @@ from meshd.edge.context import CONTEXT_KEY, context_of, log_unexpected, make_con
 from meshd.edge.errors import ClientGone, RequestError, problem_of
 from meshd.edge.http import header, send_json, send_problem
 from meshd.edge.limits import EdgeLimits
+from meshd.edge.look_api import Doctor, Metrics, StoreDiff, StoreView
 from meshd.edge.mesh_api import Leave, MeshAsk, Resolve, View
 from meshd.edge.openai import CHAT, COMPLETION, Completions, ModelList
 from meshd.edge.targets import Models
@@ -44,6 +45,10 @@ def build_app(service: MeshService, limits: EdgeLimits | None = None) -> Starlet
         Route("/mesh/v1/capabilities", View("capabilities", service.capabilities), methods=["GET"]),
         Route("/mesh/v1/plugins", View("plugins", service.plugins), methods=["GET"]),
         Route("/mesh/v1/config", View("config", service.config), methods=["GET"]),
+        Route("/mesh/v1/store", StoreView(service), methods=["GET"]),
+        Route("/mesh/v1/store/diff", StoreDiff(service, limits), methods=["GET"]),
+        Route("/mesh/v1/doctor", Doctor(service, limits), methods=["GET"]),
+        Route("/metrics", Metrics(service), methods=["GET"]),
         Route("/mesh/v1/leave", Leave(service, limits), methods=["POST"]),
         Route("/healthz", Health(), methods=["GET"]),
     ]

@@ -109,6 +109,7 @@ _REFUSED: Mapping[str, tuple[int, int | None]] = {
     "unavailable": (503, 2),
     "no_candidate": (404, None),
     "not_here": (404, None),
+    "unknown_node": (404, None),
     "unsupported": (400, None),
     "privacy": (403, None),
     "too_large": (413, None),
@@ -154,7 +155,7 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(400, _KINDS[400], error.code, error.message)
         case Refused():
             status, retry_after_s = _REFUSED.get(error.code, _REFUSED_OTHER)
-            param = "model" if status == 404 else None
+            param = "model" if status == 404 and error.code != "unknown_node" else None
             return Problem(
                 status,
                 _KINDS[status],

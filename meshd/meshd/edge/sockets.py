@@ -58,7 +58,7 @@ def open_edge_sockets(http: HttpSection) -> EdgeSockets:
         EdgeSocketInUse: a daemon answers on the Unix socket.
         EdgeSocketDenied: its file cannot be made.
     """
-    tcp = _open_tcp(http.host, http.port)
+    tcp = open_tcp_socket(http.host, http.port)
     try:
         unix = open_unix_socket(http.socket, http.socket_group)
     except BaseException:
@@ -74,7 +74,12 @@ def open_edge_sockets(http: HttpSection) -> EdgeSockets:
     )
 
 
-def _open_tcp(host: str, port: int) -> socket.socket:
+def open_tcp_socket(host: str, port: int) -> socket.socket:
+    """Listen on a TCP port.
+
+    Raises:
+        EdgePortInUse: the address is taken, or not ours.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -166,6 +166,11 @@ class Catalogue:
             return None
         return sampled.value, age_s
 
+    def load_age_of(self, owner: NodeId) -> float | None:
+        """Seconds since the owner sampled the last load that we know, however old; None without one."""
+        sampled = self._loads.get(owner)
+        return None if sampled is None else max(0.0, self._clock() - sampled.at_s)
+
     def round_trip_of(self, owner: NodeId) -> float | None:
         """Seconds, as membership last measured; None when it did not."""
         member = self._members.get(owner)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import trio
 
@@ -12,21 +13,45 @@ from meshd.core.membership import MemberView
 from meshd.orchestrate.catalogue import Catalogue
 from meshd.orchestrate.events import Answered, Ask, AskEvent, Piece, Routed
 from meshd.orchestrate.executor import Executor
+from meshd.orchestrate.metrics import Family
 from meshd.orchestrate.planner import AUTO, plan
 from meshd.orchestrate.service import Take
-from meshd_cms import node_id_text
+from meshd_cms import NodeId, node_id_text
 from meshd_naming import NamingError, ResolveOptions
 from meshd_plugins.api import CapabilityError, Failed, Logger, Refused, Value
 
 ERROR_CHARS_MAX = 500  # of an error's message in the canonical line
-Facts = Callable[[], Mapping[str, Value]]
+
+
+class Looks(Protocol):
+    """What an operator looks at; see `MeshService` for each."""
+
+    def status(self) -> Mapping[str, Value]:
+        """This node."""
+        ...
+
+    def metrics(self) -> Sequence[Family]:
+        """Counters and gauges."""
+        ...
+
+    def store(self, node: str) -> Mapping[str, Value]:
+        """The records held here."""
+        ...
+
+    async def store_diff(self, node: str) -> Mapping[str, Value]:
+        """Our store beside a peer's."""
+        ...
+
+    async def doctor(self) -> Mapping[str, Value]:
+        """What is wrong."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Faces:
     """What the service shows of parts that it does not own."""
 
-    status: Facts
+    looks: Looks
     plugins: Callable[[], Sequence[Mapping[str, Value]]]
     config: Callable[[], Sequence[Mapping[str, Value]]]
     leave: Callable[[], Awaitable[None]]
@@ -38,7 +63,7 @@ class Mesh:
     Args:
         catalogue: what is known.
         executor: what runs plans.
-        faces: status, plugins, configuration and leaving, from the composition root.
+        faces: what is shown of parts that are not the mesh's, from the composition root.
         requests_max: asks in flight here; further ones are refused.
         log: one canonical line is written for each ask.
     """
@@ -92,12 +117,30 @@ class Mesh:
 
     def status(self) -> Mapping[str, Value]:
         """This node."""
-        return self._faces.status()
+        return self._faces.looks.status()
+
+    def metrics(self) -> Sequence[Family]:
+        """Counters and gauges of this node."""
+        return self._faces.looks.metrics()
+
+    def store(self, node: str) -> Mapping[str, Value]:
+        """The records held here; see `MeshService.store`."""
+        return self._faces.looks.store(node)
+
+    async def store_diff(self, node: str) -> Mapping[str, Value]:
+        """Our store beside a peer's; see `MeshService.store_diff`."""
+        return await self._faces.looks.store_diff(node)
+
+    async def doctor(self) -> Mapping[str, Value]:
+        """What is wrong; see `MeshService.doctor`."""
+        return await self._faces.looks.doctor()
 
     def peers(self) -> list[Mapping[str, Value]]:
         """Members, this node first, then by name."""
-        offered = Counter(offer.owner for offer in self._catalogue.offers())
-        rows = [self._peer(view, offered[view.node]) for view in self._catalogue.members()]
+        serves: defaultdict[NodeId, list[str]] = defaultdict(list)
+        for offer in self._catalogue.offers():
+            serves[offer.owner].append(offer.name.path)
+        rows = [self._peer(view, serves[view.node]) for view in self._catalogue.members()]
         return sorted(rows, key=lambda row: (not row["self"], str(row["name"]), str(row["node"])))
 
     def capabilities(self) -> list[Mapping[str, Value]]:
@@ -152,21 +195,29 @@ class Mesh:
         """Asks that run now."""
         return self._asks
 
-    def _peer(self, view: MemberView, offered: int) -> Mapping[str, Value]:
+    def _peer(self, view: MemberView, serves: list[str]) -> Mapping[str, Value]:
         shown = self._catalogue.load_shown(view.node)
+        load_age_s = self._catalogue.load_age_of(view.node)
+        now_s = trio.current_time()
         return {
             "node": node_id_text(view.node),
             "name": view.name,
             "address": f"{view.address[0]}:{view.address[1]}",
             "state": view.state.value,
             "self": view.is_self,
-            "since_s": round(max(0.0, trio.current_time() - view.since_s), 1),
+            "since_s": round(max(0.0, now_s - view.since_s), 1),
+            "epoch": int(view.epoch),
+            "incarnation": view.incarnation,
+            "heard_age_s": None
+            if view.heard_s is None
+            else round(max(0.0, now_s - view.heard_s), 1),
             "round_trip_ms": None
             if view.round_trip_s is None
             else round(view.round_trip_s * 1e3, 2),
-            "load_age_s": None if shown is None else round(shown[1], 1),
+            "load_age_s": None if load_age_s is None else round(load_age_s, 1),
             "load": {} if shown is None else dict(shown[0]),
-            "capabilities": offered,
+            "capabilities": len(serves),
+            "serves": sorted(set(serves)),
         }
 
 

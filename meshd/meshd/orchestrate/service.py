@@ -5,10 +5,11 @@ The edge knows this protocol and nothing below it, so it can be tested with a fa
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 from meshd.orchestrate.events import Ask, AskEvent
+from meshd.orchestrate.metrics import Family
 from meshd_plugins.api import Value
 
 Take: TypeAlias = Callable[[AskEvent], Awaitable[None]]
@@ -40,11 +41,35 @@ class MeshService(Protocol):
         ...
 
     def status(self) -> Mapping[str, Value]:
-        """This node: identity, mesh, uptime, members by state, load, counters."""
+        """This node: identity, mesh, uptime, health, members by state, load, counters."""
+        ...
+
+    def metrics(self) -> Sequence[Family]:
+        """Counters and gauges of this node."""
+        ...
+
+    def store(self, node: str) -> Mapping[str, Value]:
+        """`{"records": [...]}` held here: all in short, or with a node's name or id, its one in full.
+
+        Raises:
+            meshd_plugins.api.CapabilityError: `unknown_node`, `ambiguous_node`.
+        """
+        ...
+
+    async def store_diff(self, node: str) -> Mapping[str, Value]:
+        """What this node holds beside what another one holds, asked of that node itself.
+
+        Raises:
+            meshd_plugins.api.CapabilityError: as `store`; `own_node`; or the peer did not answer.
+        """
+        ...
+
+    async def doctor(self) -> Mapping[str, Value]:
+        """`{"worst", "tally", "findings": [...]}`: asks peers and tests the network; takes seconds."""
         ...
 
     def peers(self) -> list[Mapping[str, Value]]:
-        """Members, this node first: node, name, address, state, age, round trip, load with its age."""
+        """Members, this node first: who, where, state, round trip, what they serve, load and its age."""
         ...
 
     def capabilities(self) -> list[Mapping[str, Value]]:
