@@ -45,7 +45,7 @@ from meshd.core.membership import (
 from meshd.core.offences import Offence
 from meshd.core.probes import Prober
 from meshd.core.soft_lane import SoftLane
-from meshd.core.suspicion import Suspicions
+from meshd.core.suspicion import Size, Suspicions
 from meshd.core.tellers import INCARNATION_TOLD_MAX, Tellers
 from meshd.core.wire import Claim, Message, Record, View
 from meshd.core.witnesses import WITNESSES_NEEDED
@@ -319,9 +319,9 @@ class Claims:
                 self._contest(transition, contested)
             case Verdict.CONFIRMED:
                 assert held is not None
-                nodes = context.members.live_count()
+                size = self._size(held.node)
                 confirmations = len(held.accusers) - 1
-                self._suspicions.confirm(held.node, nodes, confirmations, context.now_s)
+                self._suspicions.confirm(held.node, size, confirmations, context.now_s)
                 self._weigh(held)
                 # What can change nothing is not worth a rumour: with N accusers that would be N of them.
                 few = confirmations <= context.config.suspicion_confirmations
@@ -337,15 +337,17 @@ class Claims:
             case _:
                 assert_never(transition.verdict)
 
+    def _size(self, suspect: NodeId) -> Size:
+        members = self._context.members
+        others = sum(
+            one.state is MemberState.ALIVE for one in members.live() if one.node != suspect
+        )
+        return Size(members.live_count(), 1 + others)
+
     def _weigh(self, member: Member) -> None:
         """Hasten the end of a suspect that enough others saw to be gone."""
         context = self._context
-        able = 1 + sum(
-            other.state is MemberState.ALIVE
-            for other in context.members.live()
-            if other.node != member.node
-        )
-        if member.witnesses >= min(WITNESSES_NEEDED, able):
+        if member.witnesses >= min(WITNESSES_NEEDED, self._size(member.node).able):
             self._suspicions.hasten(member.node, context.config.evidence_death_s, context.now_s)
 
     def _accepted(self, transition: Transition, silent_s: float) -> None:
@@ -403,8 +405,8 @@ class Claims:
         context, update = self._context, member.update
         if before is None or before.state is not MemberState.SUSPECT:
             context.notify(MemberSuspected(update.node, update.name, update.address))
-        nodes, factor = context.members.live_count(), context.health.factor
-        self._suspicions.start(update, nodes, factor, context.now_s, silent_s)
+        size, factor = self._size(member.node), context.health.factor
+        self._suspicions.start(update, size, factor, context.now_s, silent_s)
         self._weigh(member)
         if update.accuser != context.me.node and self._prober.is_witness(update):
             self._prober.probe(member)

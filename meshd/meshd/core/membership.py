@@ -229,8 +229,12 @@ class Members:
         return [member for member in self._table.values() if member.state is MemberState.DEAD]
 
     def sample(self, count: int, *exclude: NodeId) -> list[Member]:
-        """Up to `count` distinct random live members."""
-        choice = [member for member in self.live() if member.node not in exclude]
+        """Up to `count` distinct random members that are alive and not suspected."""
+        choice = [
+            member
+            for member in self.live()
+            if member.state is MemberState.ALIVE and member.node not in exclude
+        ]
         return self._rng.sample(choice, min(count, len(choice)))
 
     def last_word(self, node: NodeId) -> Update | None:

@@ -125,7 +125,8 @@ class Prober:
             return hashlib.blake2b(text, digest_size=8).digest()
 
         ours = weight(context.me.node)
-        others = (m.node for m in context.members.live() if m.node != update.node)
+        alive = (m for m in context.members.live() if m.state is MemberState.ALIVE)
+        others = (member.node for member in alive if member.node != update.node)
         heavier = sum(weight(node) > ours for node in others)
         return heavier < context.config.witnesses
 

@@ -44,28 +44,40 @@ class LocalHealth:
         self._score = min(self._score_max, self._score + points)
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of a mesh, as it bears on a suspicion."""
+
+    nodes: int  # live members, the suspect and ourselves included
+    able: int  # of them, who could accuse: ourselves and the alive, the suspect not included
+
+
 def suspicion_timeout_s(
-    config: GossipConfig, nodes: int, confirmations: int, factor: int, silent_s: float = 0.0
+    config: GossipConfig,
+    mesh: Size,
+    confirmations: int,
+    factor: int,
+    silent_s: float = 0.0,
 ) -> float:
     """How long a suspicion lasts before it is death.
 
     Tmin = multiplier * max(1, log10 N) * T, where T is how long a probe lasts, Tmax = max_multiplier * Tmin, and with C confirmations of
-    the K that can be had, t = max(Tmin, Tmax - (Tmax - Tmin) * ln(C + 1) / ln(K + 1)); K = 0, a mesh too
-    small for anybody to confirm, gives Tmin.
+    the K that can be had, t = max(Tmin, Tmax - (Tmax - Tmin) * ln(C + 1) / ln(K + 1)); K = 0, nobody there
+    to confirm, gives Tmin. Only who is alive can confirm: after a partition, few can.
 
     Args:
         config: the knobs.
-        nodes: size of the mesh, the suspect and ourselves included.
+        mesh: its size.
         confirmations: distinct accusers beside the first.
         factor: our local health factor, >= 1.
         silent_s: for how long it has been silent already; the death floor counts from there.
     """
     interval_s = config.probe_deadline_s * min(factor, config.suspicion_health_max + 1)
-    least_s = config.suspicion_multiplier * max(1.0, math.log10(max(1, nodes))) * interval_s
+    least_s = config.suspicion_multiplier * max(1.0, math.log10(max(1, mesh.nodes))) * interval_s
     most_s = config.suspicion_max_multiplier * least_s
     possible = min(
-        config.suspicion_confirmations, nodes - 2
-    )  # not the suspect, not the first accuser
+        config.suspicion_confirmations, mesh.able - 1
+    )  # the first accuser confirms nothing
     if possible < 1:
         timeout_s = least_s
     else:
@@ -95,22 +107,20 @@ class Suspicions:
         self._running: dict[NodeId, _Suspicion] = {}
 
     def start(
-        self, update: Update, nodes: int, factor: int, now_s: float, silent_s: float = 0.0
+        self, update: Update, mesh: Size, factor: int, now_s: float, silent_s: float = 0.0
     ) -> None:
         """A member is suspected, in this incarnation; a running suspicion of an older one ends."""
         self.stop(update.node)
-        timeout_s = suspicion_timeout_s(self._config, nodes, 0, factor, silent_s)
+        timeout_s = suspicion_timeout_s(self._config, mesh, 0, factor, silent_s)
         timer = self._timers.at(now_s + timeout_s, lambda: self._fire(update.node))
         self._running[update.node] = _Suspicion(update, timer, timeout_s, factor, silent_s)
 
-    def confirm(self, node: NodeId, nodes: int, confirmations: int, now_s: float) -> None:
+    def confirm(self, node: NodeId, mesh: Size, confirmations: int, now_s: float) -> None:
         """So many others accuse it too."""
         one = self._running.get(node)
         if one is None:
             return
-        timeout_s = suspicion_timeout_s(
-            self._config, nodes, confirmations, one.factor, one.silent_s
-        )
+        timeout_s = suspicion_timeout_s(self._config, mesh, confirmations, one.factor, one.silent_s)
         if timeout_s < one.timeout_s:
             began_s = one.timer.due_s - one.timeout_s
             one.timeout_s = timeout_s

@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -179,8 +180,9 @@ class WitnessStreams:
         finally:
             del self._streams[one]
             self.statistics.up -= 1
-            if one.says_goodbye:
-                await _say_goodbye(stream)
+            with trio.move_on_after(GOODBYE_DEADLINE_S, shield=True):
+                if one.says_goodbye:
+                    await _say_goodbye(stream)
         self.statistics.broken += evident
         self._ended(one.node, one.epoch, evident)
 
@@ -233,11 +235,8 @@ async def _is_broken(stream: trio.SocketStream) -> bool:
 
 
 async def _say_goodbye(stream: trio.SocketStream) -> None:
-    with trio.move_on_after(GOODBYE_DEADLINE_S, shield=True):
-        try:
-            await stream.send_all(GOODBYE)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return
+    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        await stream.send_all(GOODBYE)
 
 
 async def _exactly(stream: trio.SocketStream, count: int) -> bytes:
