@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgpack
 
 from meshd_cms.errors import CodecError
 
 _msgpack: Any = msgpack
+
+ITEMS_MAX: Final = 4096
+"""In one array or map. A header may announce more items than there are bytes, in each level of a nest, and room
+for them is made before they are read."""
 
 
 def pack(obj: object) -> bytes:
@@ -23,11 +27,21 @@ def pack(obj: object) -> bytes:
 def unpack(data: bytes) -> object:
     """The one object these bytes are the msgpack of; maps may only have text or bytes as keys.
 
+    No array or map in it has more than `ITEMS_MAX` items, and there are no extension types.
+
     Raises:
         CodecError: they are not, or there is more than one; nothing else is raised on any bytes.
     """
     try:
-        return cast("object", _msgpack.unpackb(data, raw=False, strict_map_key=True))
+        found = _msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            max_array_len=ITEMS_MAX,
+            max_map_len=ITEMS_MAX,
+            max_ext_len=0,
+        )
+        return cast("object", found)
     except (
         ValueError,
         TypeError,

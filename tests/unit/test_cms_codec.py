@@ -224,3 +224,13 @@ def test_soft_readings_out_of_bounds(value: object, age_ms: object) -> None:
     with pytest.raises(CodecError):
         unpack_soft((1, "load", value, age_ms))
     assert unpack_soft((1, "load", 1, 250)) == SoftTold(1, "load", 1, 0.25)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\xdc\x10\x01" + b"\xc0" * 4097, b"\xdc\xff\xff" * 400, b"\xc7\x01\x05x", b"\xd4\x05x"],
+)
+def test_arrays_too_long_and_extensions_are_refused(data: bytes) -> None:
+    with pytest.raises(CodecError):
+        unpack(data)
+    assert unpack(b"\xdc\x10\x00" + b"\xc0" * 4096) == [None] * 4096

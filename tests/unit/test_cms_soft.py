@@ -88,3 +88,22 @@ def test_what_cannot_be_published() -> None:
     with pytest.raises(InvalidValue):
         table.publish("load", 2**64, Epoch(1), 0.0)
     assert table.items(ME, 0.0) == ()
+
+
+def test_a_reading_that_still_holds_stays_and_never_gets_older_by_it() -> None:
+    table = SoftState(ME, CONFIG)
+    table.observe(item(4), 0.0)
+    assert table.renew(PEER, Epoch(1), 4, age_s=2.0, now_s=9.0) == "load"
+    assert table.read(PEER, "load", 12.0) == Reading(4, 5.0)
+    assert table.renew(PEER, Epoch(1), 4, age_s=9.0, now_s=9.0) == "load"  # a late one
+    assert table.read(PEER, "load", 12.0) == Reading(4, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("owner", "epoch", "sequence"), [(OTHER, 1, 4), (PEER, 2, 4), (PEER, 1, 3), (PEER, 1, 5)]
+)
+def test_what_is_not_held_is_not_renewed(owner: NodeId, epoch: int, sequence: int) -> None:
+    table = SoftState(ME, CONFIG)
+    table.observe(item(4), 0.0)
+    assert table.renew(owner, Epoch(epoch), sequence, 0.0, 5.0) is None
+    assert table.read(PEER, "load", 6.0) == Reading(4, 6.0)

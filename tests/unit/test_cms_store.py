@@ -454,3 +454,28 @@ def test_the_text_of_an_id() -> None:
 def test_what_is_no_id(text: str) -> None:
     with pytest.raises(ValueError, match="is not a node id"):
         node_id_parse(text)
+
+
+def test_the_digest_follows_every_change() -> None:
+    one, other = store(0), store(1)
+    assert one.digest() == ()
+    one.set("a", 1)
+    assert one.digest() == (one.line(one.owner),)
+    one.apply(rumour(other.set("b", 2)), 0.0)
+    assert one.digest() == tuple(one.line(owner) for owner in one.owners())
+    assert one.pull_line(other.owner) == other.line(other.owner)
+    one.learn_epoch(Epoch(7))
+    assert one.digest() == tuple(one.line(owner) for owner in one.owners())
+    one.forget(other.owner)
+    assert one.digest() == (one.line(one.owner),)
+    assert one.pull_line(other.owner) is None
+
+
+def test_deltas_among_some_owners_are_of_no_others() -> None:
+    hub = store(0)
+    owners = [store(number) for number in range(1, 4)]
+    for one in owners:
+        hub.apply(rumour(one.set("key", 1)), 0.0)
+    asked = [owners[1].owner, node_id_of(b"nobody".ljust(32))]
+    assert [delta.owner for delta in hub.deltas_for((), 10**6, asked)] == [owners[1].owner]
+    assert len(hub.deltas_for((), 10**6)) == 3

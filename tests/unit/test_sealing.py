@@ -58,6 +58,16 @@ def test_what_is_sealed_opens_once(payload: bytes) -> None:
     assert bob.open(datagram, 0.0) == dropped(DropReason.REPLAYED)
 
 
+def test_what_is_meant_for_one_node_opens_at_no_other() -> None:
+    carol = NodeId(b"c" * 16)
+    datagram = sealer().seal(b"hello", BOB)
+    other = Opener((KEY,), MESH, carol)
+    assert other.open(datagram, 0.0) == dropped(DropReason.BAD_SEAL)
+    assert opener().open(datagram, 0.0) == Opened(ALICE, EPOCH, b"hello")
+    relabelled = b"\x01" + datagram[1:]
+    assert other.open(relabelled, 0.0) == dropped(DropReason.BAD_SEAL)
+
+
 def test_the_wire_is_what_the_protocol_page_says() -> None:
     datagram = sealer().seal(b"hello")
     assert datagram[0] == 1

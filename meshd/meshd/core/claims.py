@@ -149,6 +149,11 @@ class Claims:
             self._on_own(update, sender, peer)
             return
         held = context.members.get(update.node)
+        if held is not None and held.update == update:
+            context.count("claims_stale")
+            if not claim.merged:
+                self._rumours.heard(claim, sender)
+            return
         if claim.merged:
             self._merge(update, held, sender)
             return

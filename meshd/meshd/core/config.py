@@ -78,9 +78,6 @@ class GossipConfig:
 
     # -- Repair (Scuttlebutt) ---------------------------------------------------------------------------
     anti_entropy_interval_s: float = 30.0  # s between unconditional exchanges. Up: less traffic
-    hash_mismatches: int = (
-        2  # differing state hashes in a row before an exchange. Up: slower repair
-    )
     hash_settle_s: float = (
         0.4  # s our own hash must be unchanged for a difference to count. Up: slower
     )
@@ -103,9 +100,9 @@ class GossipConfig:
     seeds_max: int = 64  # bound on remembered seed addresses
     seed_unreachable_attempts: int = 5  # joins unanswered before it is told. Up: told later
     join_answers_per_s: float = (
-        40.0  # joins answered; more get "later". Up: a storm costs this node more
+        400.0  # joins answered; more get "later". Up: a storm costs this node more
     )
-    join_answers_burst: int = 40  # joins answered at once
+    join_answers_burst: int = 400  # joins answered at once
 
     # -- The dead and the gone --------------------------------------------------------------------------
     dead_probe_interval_s: float = (

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meshd.core.config import GossipConfig
-from meshd.core.effects import Address, Effect, Lane, Notify, Send
+from meshd.core.effects import Address, Effect, Notify, Send
 from meshd.core.events import Event
 from meshd.core.membership import LocalNode, Members, MemberState, StateHash, Update
 from meshd.core.offences import Offence, Offences
 from meshd.core.suspicion import LocalHealth
 from meshd.core.timers import Timers
-from meshd.core.wire import Heartbeat, Message, encode, payload_of, payloads_of
+from meshd.core.wire import Heartbeat, Message, encode, payloads_of
 from meshd_cms.store import Store
 from meshd_cms.types import NodeId, Version
 
@@ -55,6 +55,7 @@ class Context:
         self._hash = bytes(8)
         self._hash_is_stale = True
         self._hash_since_s = 0.0
+        self._touched_s = 0.0
         self._sequence = 0
 
     def own_update(self) -> Update:
@@ -101,15 +102,6 @@ class Context:
         self.count("datagrams_sent")
         self._effects.append(Send(peer.address, peer.node, payload))
 
-    def send_stream(self, peer: Peer, messages: Sequence[Message]) -> None:
-        """Send messages as one payload over the stream lane."""
-        payload = payload_of([encode(message) for message in messages])
-        if len(payload) > self.config.stream_payload_bytes_max or peer.node is None:
-            self.count("stream_payload_refused")
-            return
-        self.count("streams_sent")
-        self._effects.append(Send(peer.address, peer.node, payload, Lane.STREAM))
-
     def take_effects(self) -> tuple[Effect, ...]:
         """Everything emitted since the last call."""
         effects = tuple(self._effects)
@@ -121,6 +113,7 @@ class Context:
     def touch(self) -> None:
         """The members or the records changed."""
         self._hash_is_stale = True
+        self._touched_s = self.now_s
 
     def state_hash(self) -> bytes:
         """See `membership.StateHash`; computed when it is asked for."""
@@ -131,7 +124,7 @@ class Context:
                 lives.append((update.node, update.epoch, update.incarnation))
             now = self._state_hash.of(lives, self.store.line)
             if now != self._hash:
-                self._hash, self._hash_since_s = now, self.now_s
+                self._hash, self._hash_since_s = now, self._touched_s
             self._hash_is_stale = False
         return self._hash
 

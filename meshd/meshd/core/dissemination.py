@@ -12,13 +12,16 @@ once. Every ping and ack also takes what fits, least-sent first, then newest. Wi
 some node with a probability of about e**-7; the state hash finds what it missed (repair.py). The first
 sends are made when the driver next fires timers, not in the call that starts the rumour: writes made
 together travel together.
+
+Counted: `rumours_started`, `rumours_sent` (copies), `rumour_too_large` (repair carries it), `rumour_overflow`
+(the oldest of all made room), `rumour_overflow_owner` (the oldest of an owner that writes much).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from meshd.core.context import Context, Peer
 from meshd.core.timers import Timer
@@ -29,10 +32,13 @@ Subject: TypeAlias = tuple[str, NodeId, int]
 """("member", node, 0) or ("record", owner, version)."""
 
 
+_OF_ONE_OWNER_MAX: Final = 32  # records of one owner that wait to be told
+
+
 @dataclass(slots=True)
 class _Rumour:
+    message: Claim | Record
     encoded: bytes
-    sends_left: int
     created: int  # our count of rumours: higher is newer
     due_s: float  # of the next burst step
     gap_s: float  # from that step to the one after
@@ -71,34 +77,40 @@ class Rumours:
         """Spread a message; it replaces an older rumour about the same subject."""
         context, config = self._context, self._context.config
         encoded = encode(message)
-        sends = sends_for(
-            context.members.live_count(), config.rumour_loss, config.rumour_sends_per_peer_max
-        )
         subject = _subject(message)
         self._rumours.pop(subject, None)
         if payload_bytes([encoded]) > config.datagram_payload_bytes_max:
             context.count("rumour_too_large")
             return
-        if sends <= 0:
+        if self._sends() <= 0:
             return  # nobody is there; whoever comes will ask
-        if len(self._rumours) >= config.rumours_max:
-            del self._rumours[next(iter(self._rumours))]
-            context.count("rumour_overflow")
+        self._make_room(subject)
         self._created += 1
-        rumour = _Rumour(encoded, sends, self._created, context.now_s, config.rumour_step_s)
-        rumour.holders.update(_knowing(message))
-        if heard_from is not None:
-            rumour.holders.add(heard_from)
+        rumour = _Rumour(message, encoded, self._created, context.now_s, config.rumour_step_s)
+        rumour.holders.update(node for node in (heard_from, _about(message)) if node is not None)
         self._rumours[subject] = rumour
         context.count("rumours_started")
         self._schedule()
+
+    def _make_room(self, subject: Subject) -> None:
+        """Drop the oldest when there are too many; who writes much pushes out its own news first."""
+        context = self._context
+        if len(self._rumours) >= _OF_ONE_OWNER_MAX:
+            kind, owner, _ = subject
+            same = [one for one in self._rumours if one[0] == kind and one[1] == owner]
+            if len(same) >= _OF_ONE_OWNER_MAX:
+                del self._rumours[same[0]]
+                context.count("rumour_overflow_owner")
+        if len(self._rumours) >= context.config.rumours_max:
+            del self._rumours[next(iter(self._rumours))]
+            context.count("rumour_overflow")
 
     def heard(self, message: Claim | Record, sender: NodeId) -> None:
         """A peer told us the same: it need not be told."""
         rumour = self._rumours.get(_subject(message))
         if rumour is None or sender in rumour.holders:
             return
-        if rumour.encoded == encode(message):
+        if rumour.message == message:
             rumour.holders.add(sender)
 
     def send(self, peer: Peer, messages: list[Message]) -> None:
@@ -113,7 +125,10 @@ class Rumours:
 
     def _fill(self, encoded: list[bytes], node: NodeId, rumours: dict[Subject, _Rumour]) -> None:
         context = self._context
-        room = context.config.datagram_payload_bytes_max - payload_bytes(encoded)
+        room, sends = (
+            context.config.datagram_payload_bytes_max - payload_bytes(encoded),
+            self._sends(),
+        )
         order = sorted(rumours.items(), key=lambda item: (item[1].sends, -item[1].created))
         for subject, rumour in order:
             if node in rumour.holders or len(rumour.encoded) > room:
@@ -121,10 +136,18 @@ class Rumours:
             encoded.append(rumour.encoded)
             room -= len(rumour.encoded)
             rumour.sends += 1
-            rumour.sends_left -= 1
             context.count("rumours_sent")
-            if rumour.sends_left <= 0:
+            if rumour.sends >= sends:
                 del self._rumours[subject]
+
+    def _sends(self) -> int:
+        """L for the mesh as it is now: while many join at once, it grows under the rumours about them."""
+        config = self._context.config
+        return sends_for(
+            self._context.members.live_count(),
+            config.rumour_loss,
+            config.rumour_sends_per_peer_max,
+        )
 
     def _burst(self) -> None:
         """Send what is due to the next few peers, and fill up with what is not."""
@@ -184,10 +207,10 @@ class Rumours:
             self._timer = self._context.timers.at(due_s, self._burst)
 
 
-def _knowing(message: Claim | Record) -> tuple[NodeId, ...]:
-    """Who need not be told: the subject, who is asked by its accusers, and the accuser."""
+def _about(message: Claim | Record) -> NodeId:
+    """Whom it is about: the subject knows, unless it is accused."""
     match message:
         case Claim(update):
-            return (update.node, update.accuser)
+            return update.accuser
         case Record(delta):
-            return (delta.owner,)
+            return delta.owner

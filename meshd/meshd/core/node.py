@@ -361,9 +361,14 @@ class NodeCore:
     def _dispatch(
         self, messages: tuple[Message, ...], sender: NodeId, sender_epoch: int, peer: Peer
     ) -> None:
+        pinged = False
         for message in messages:
             match message:
                 case Ping():
+                    if pinged:  # one is honest; more would have us send more than we are sent
+                        self._context.count("pings_excess")
+                        continue
+                    pinged = True
                     self._prober.on_ping(message, peer)
                 case Ack():
                     self._prober.on_ack(message, sender)

@@ -268,7 +268,9 @@ class Prober:
         peer = Peer(member.node, member.address)
         if member.state is MemberState.DEAD:
             # It may have been away while we changed: it has to know who asks.
-            self._context.send(peer, [*messages, Claim(self._context.own_update(), merged=False)])
+            # And another may hold its address by now, so it is for anyone.
+            anyone = Peer(None, member.address)
+            self._context.send(anyone, [*messages, Claim(self._context.own_update(), merged=False)])
         else:
             self._rumours.send(peer, [*messages, *self._extras(peer)])
 

@@ -23,29 +23,28 @@ Reconciliation and Flow Control for Anti-Entropy Protocols", 2008; decision 0014
 
 Counted: `hash_mismatches` (heartbeats that differ from ours at rest), `hash_repairs` (those confirmed, and an
 exchange begun), `hash_mismatches_passed` (those that news explained), `exchanges` (begun, for any reason),
-`summaries_equal` and `summaries_different` (received), `answers_excess` (not sent, being over the bound),
+`summaries_equal` and `summaries_different` (received), `answers_excess` (see answers.py),
 `pulls`, `pull_overflow`, `records_applied`, `records_repaired`, `records_parked`, `record_ghost`,
 `record_rejected_<reason>`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, assert_never
 
-from meshd.core.allowance import Allowance, Allowances
+from meshd.core.answers import Answers
 from meshd.core.buckets import FIRST_ID, LAST_ID, Tokens, buckets_for
 from meshd.core.context import Context, Peer
 from meshd.core.dissemination import Rumours
 from meshd.core.events import RecordChanged
 from meshd.core.membership import Member, Update
+from meshd.core.newcomers import Newcomers, nothing_of, send_pulls
 from meshd.core.offences import Offence
-from meshd.core.tables import Tables, differing, lines_per_table
+from meshd.core.tables import Tables, differing
 from meshd.core.timers import Timer
 from meshd.core.wire import (
-    Claim,
     Digest,
     Heartbeat,
     Message,
@@ -55,8 +54,6 @@ from meshd.core.wire import (
     View,
     ViewLine,
     encode,
-    payload_bytes,
-    payloads_of,
 )
 from meshd_cms.types import (
     RUMOUR_BYTES_MAX,
@@ -69,18 +66,11 @@ from meshd_cms.types import (
     Parked,
     Rejected,
     RejectReason,
-    Version,
 )
 
 _ENVELOPE_BYTES: Final = 64  # of a table or records beside their lines, at most
 _RECORD_BYTES: Final = 16  # of a record message beside its delta, with the envelope
-_UNKNOWN_EPOCH: Final = Epoch(1)
-ANSWERS_PER_S: Final = 256.0
-"""Datagrams with tables and records that we answer with, to all; a stream counts as an answer's most."""
-ANSWERS_BURST: Final = 1024.0
-PEER_ANSWERS_PER_S: Final = 16.0
-"""The same to one node. A few bytes ask for kilobytes, and can be replayed by who has no key."""
-PEER_ANSWERS_BURST: Final = 64.0
+_STREAMED_OWNERS_MAX: Final = 8  # who asks for more owners' records asks again for what is left
 _CONFIRM_SHARE: Final = 0.375  # of hash_settle_s: what a rumour under way may still take, and more
 _PULLS_UNFOUNDED: Final = 8  # of one announced version in vain: more than loss explains
 _SENDERS_FAULT: Final = (
@@ -130,18 +120,13 @@ class Repair:
         self._pull_timer: Timer | None = None
         self._doubt: _Doubt | None = None
         self._exchanged_s = float("-inf")
-        self._answers = Allowance(ANSWERS_PER_S, ANSWERS_BURST)
-        self._answers_to = Allowances(
-            PEER_ANSWERS_PER_S, PEER_ANSWERS_BURST, context.config.members_max
-        )
+        self._answers = Answers(context)
+        self._newcomers = Newcomers(context, self.exchange)
         self._tokens = Tokens()
         self._in_vain: dict[
             NodeId, tuple[tuple[int, int], int]
         ] = {}  # (epoch, version), pulls of it
-        lines = lines_per_table(context.config.datagram_payload_bytes_max)
-        assert lines >= 1, "datagram_payload_bytes_max is too small for a digest"
         assert context.config.datagram_payload_bytes_max >= RUMOUR_BYTES_MAX + _RECORD_BYTES
-        self._lines_per_table = lines
 
     def start(self) -> None:
         """Begin the unconditional exchanges."""
@@ -169,11 +154,6 @@ class Repair:
         ]
         context.send(peer, [*first, *tables[: context.config.sync_datagrams_max]])
 
-    def may_answer(self) -> bool:
-        """Whether an answer as long as datagrams may carry is within our bound."""
-        context = self._context
-        return self._answers.left(context.now_s) >= context.config.sync_datagrams_max
-
     def on_summary(self, summary: Summary, peer: Peer) -> None:
         """Tell the peer what we hold of the buckets that differ."""
         context, held = self._context, Tables(self._context)
@@ -184,31 +164,30 @@ class Repair:
         for low, high in ranges:
             tables += held.views(low, high, answer=True)
             tables += held.digests(low, high, answer=True)
-        self._send_bulk(peer, tables)
+        self._answers.send(peer, tables)
 
     def fetch(self, member: Member) -> None:
-        """A newcomer: pull its record, if it has one, from itself.
+        """A newcomer: have its record, if it has one."""
+        self._newcomers.add(member)
 
-        That is two datagrams a node and newcomer, where rumours of a whole record would be a burst each.
-        When many come at once, who they are is spread first, and their records follow.
-        """
-        peer = Peer(member.node, member.address)
-        self._want(member.node, _Wanted(peer, member.update.epoch, 1))
+    def may_answer(self) -> bool:
+        """Whether there is room for long answers."""
+        return self._answers.has_room()
 
     def on_view(self, view: View, peer: Peer) -> None:
         """Send the claims that the peer lacks; ask for those that we lack."""
         theirs, held = {line.node: line for line in view.lines}, Tables(self._context)
-        claims: list[Message] = []
+        claims: list[bytes] = []
         for update in held.updates(view.low, view.high):
             line = theirs.get(update.node)
             if line is None:
                 if update.state.is_live:
-                    claims.append(Claim(update, merged=True))
+                    claims.append(self._answers.claim(update))
             elif _precedence(line) < update.precedence:
-                claims.append(Claim(update, merged=True))
-        self._send_bulk(peer, claims)
+                claims.append(self._answers.claim(update))
+        self._answers.send_encoded(peer, claims)
         if view.answer and any(self._knows_better(line) for line in view.lines):
-            self._send_bulk(peer, held.views(view.low, view.high, answer=False))
+            self._answers.send(peer, held.views(view.low, view.high, answer=False))
 
     def on_digest(self, digest: Digest, peer: Peer) -> None:
         """Send the deltas that the peer lacks; pull those that we lack."""
@@ -365,14 +344,12 @@ class Repair:
         by_peer: dict[Peer, list[DigestLine]] = {}
         for owner, wanted in self._wanted.items():
             held = context.store.pull_line(owner)
-            line = held or DigestLine(owner, _UNKNOWN_EPOCH, Version(0), Version(0))
+            line = held or nothing_of(owner)
             if (line.epoch, line.max_version) < (wanted.epoch, wanted.until):
                 by_peer.setdefault(wanted.peer, []).append(line)
         self._wanted.clear()
         for peer, lines in by_peer.items():
-            context.count("pulls")
-            for start in range(0, len(lines), self._lines_per_table):
-                context.send(peer, [Pull(tuple(lines[start : start + self._lines_per_table]))])
+            send_pulls(context, peer, lines)
 
     def _send_deltas(
         self, peer: Peer, lines: Sequence[DigestLine], among: Sequence[NodeId]
@@ -385,57 +362,20 @@ class Repair:
         for _ in range(context.config.sync_datagrams_max):
             deltas = context.store.deltas_for(tuple(theirs.values()), bytes_max, among)
             if not deltas:
-                self._send_bulk(peer, messages)
+                self._answers.send(peer, messages)
                 return
             for delta in deltas:
                 messages.append(Record(delta, rumour=False))
                 floor = delta.head.floor
                 theirs[delta.owner] = DigestLine(delta.owner, delta.epoch, delta.until, floor)
-        if not self._may_stream(peer):
-            self._send_bulk(peer, messages)
+        if len(lines) > _STREAMED_OWNERS_MAX or not self._answers.may_stream(peer):
+            self._answers.send(peer, messages)  # who asks for many asks again for what is left
             return
         stream_bytes = context.config.stream_payload_bytes_max - _ENVELOPE_BYTES
         # Each record costs a few bytes beside its delta: leave a sixteenth for that.
         deltas = context.store.deltas_for(lines, stream_bytes - stream_bytes // 16, among)
-        if self._is_granted(peer, context.config.sync_datagrams_max):
-            whole = [Record(delta, rumour=False) for delta in deltas]
-            context.send_stream(self._proven(peer), whole)
-
-    def _send_bulk(self, peer: Peer, messages: Sequence[Message]) -> None:
-        """An answer, within what we do for one node and for all; what does not fit is not sent."""
-        if not messages:
-            return
-        context, config = self._context, self._context.config
-        size = payload_bytes([encode(message) for message in messages])
-        datagrams = math.ceil(size / config.datagram_payload_bytes_max)
-        if datagrams > config.sync_datagrams_max and self._may_stream(peer):
-            if self._is_granted(peer, config.sync_datagrams_max):
-                context.send_stream(self._proven(peer), messages)
-        elif self._is_granted(peer, min(datagrams, config.sync_datagrams_max)):
-            encoded = [encode(message) for message in messages]
-            payloads = payloads_of(encoded, config.datagram_payload_bytes_max)
-            for payload in payloads[: config.sync_datagrams_max]:
-                context.send_payload(self._proven(peer), payload)
-
-    def _is_granted(self, peer: Peer, datagrams: int) -> bool:
-        """Whether so many datagrams may be answered; if not, counted, and left to a later exchange."""
-        now_s = self._context.now_s
-        one = None if peer.node is None else self._answers_to.of(peer.node)
-        if self._answers.left(now_s) < datagrams or not (one is None or one.take(now_s, datagrams)):
-            self._context.count("answers_excess")
-            return False
-        return self._answers.take(now_s, datagrams)
-
-    def _may_stream(self, peer: Peer) -> bool:
-        """Who is a member for some time may be sent much; who joins gets the rest from others."""
-        member = None if peer.node is None else self._context.members.get(peer.node)
-        settle_s = self._context.config.join_retry_min_s
-        return member is not None and self._context.now_s - member.since_s >= settle_s
-
-    def _proven(self, peer: Peer) -> Peer:
-        """Long answers go to where a member said that it is: a datagram's source may be made up."""
-        member = None if peer.node is None else self._context.members.get(peer.node)
-        return peer if member is None else Peer(member.node, member.address)
+        records = [encode(Record(delta, rumour=False)) for delta in deltas]
+        self._answers.stream(peer, records)
 
 
 def _precedence(line: ViewLine) -> tuple[int, bool, int, int]:

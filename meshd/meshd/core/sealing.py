@@ -13,6 +13,9 @@ The wire, all integers big-endian (see docs/protocol.md and decision 0005)::
     1 B format | 4 B mesh tag | 16 B sender | 6 B epoch | 6 B counter | ciphertext | 16 B AEAD tag
     '------------------- associated data, in clear -------------------'
 
+Format 1 is for anyone in the mesh (a first contact); format 2 is for one receiver, whose id is part of the
+associated data and does not travel: recorded on its way to one node, it says nothing to another.
+
 The key is HKDF-SHA256(mesh datagram key, salt = mesh id, info = b"meshd datagram v1" + sender + epoch)
 and the nonce is the counter, so a pair (key, nonce) is used once as long as an epoch is used once: the
 owner of the epoch persists it before it seals. Everybody in the mesh holds the mesh datagram key, so a
@@ -37,7 +40,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from meshd.core.allowance import Allowance
 from meshd_cms.types import EPOCH_MAX, Epoch, MeshId, NodeId
 
-FORMAT: Final = 1
+FORMAT_ANYONE: Final = 1
+FORMAT_ONE: Final = 2
 DATAGRAM_BYTES_MAX: Final = 1400
 """One sealed datagram: fits an Ethernet or Wi-Fi frame with room for IPv6 and a tunnel."""
 KEY_BYTES: Final = 32
@@ -93,7 +97,7 @@ class DropReason(StrEnum):
     OWN = "own"  # our own datagram came back
     OLD_EPOCH = "old_epoch"  # an earlier life of that sender, and more of it than is opened
     REPLAYED = "replayed"  # seen already, or older than the window can tell
-    BAD_SEAL = "bad_seal"
+    BAD_SEAL = "bad_seal"  # another key, or meant for another node
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +151,8 @@ class Sealer:
         self._counter = 0
         self._aead = _sender_aead(self._key, self._mesh, self._me, epoch)
 
-    def seal(self, payload: bytes) -> bytes:
-        """The datagram that carries `payload`: at most `DATAGRAM_BYTES_MAX` bytes.
+    def seal(self, payload: bytes, to: NodeId | None = None) -> bytes:
+        """The datagram that carries `payload` to a node, or to anyone: at most `DATAGRAM_BYTES_MAX` bytes.
 
         Raises:
             PayloadTooLarge: longer than `DATAGRAM_PAYLOAD_BYTES_MAX`.
@@ -161,8 +165,9 @@ class Sealer:
         self._counter += 1
         counter = self._counter.to_bytes(_NUMBER_BYTES, "big")
         epoch = self._epoch.to_bytes(_NUMBER_BYTES, "big")
-        header = _HEADER.pack(FORMAT, self._tag, self._me, epoch, counter)
-        return header + self._aead.encrypt(_NONCE_PREFIX + counter, payload, header)
+        form = FORMAT_ANYONE if to is None else FORMAT_ONE
+        header = _HEADER.pack(form, self._tag, self._me, epoch, counter)
+        return header + self._aead.encrypt(_NONCE_PREFIX + counter, payload, header + (to or b""))
 
 
 @dataclass(slots=True)
@@ -247,7 +252,7 @@ class Opener:
         form, tag, sender_bytes, epoch_bytes, counter_bytes = _HEADER.unpack_from(datagram)
         epoch_number = int.from_bytes(epoch_bytes, "big")
         counter = int.from_bytes(counter_bytes, "big")
-        if form != FORMAT or epoch_number == 0 or counter == 0:
+        if form not in (FORMAT_ANYONE, FORMAT_ONE) or epoch_number == 0 or counter == 0:
             return DropReason.WRONG_FORMAT
         if tag != self._tag:
             return DropReason.OTHER_MESH
@@ -262,7 +267,7 @@ class Opener:
         if known is not None and epoch == known.epoch:
             if not known.is_fresh(counter):
                 return DropReason.REPLAYED
-            payload = _decrypt(known.aead, counter, datagram)
+            payload = self._decrypt(known.aead, counter, datagram)
             if payload is not None:
                 known.mark(counter)
                 self._senders.move_to_end(sender)
@@ -274,7 +279,7 @@ class Opener:
     ) -> Opened | DropReason:
         """An earlier life speaks: whatever the outcome, nothing is remembered of it."""
         for key in self._keys:
-            payload = _decrypt(_sender_aead(key, self._mesh, sender, epoch), counter, datagram)
+            payload = self._decrypt(_sender_aead(key, self._mesh, sender, epoch), counter, datagram)
             if payload is not None:
                 return Opened(sender, epoch, payload, is_old_epoch=True)
         return DropReason.BAD_SEAL
@@ -288,7 +293,7 @@ class Opener:
             if key == tried:
                 continue
             aead = _sender_aead(key, self._mesh, sender, epoch)
-            payload = _decrypt(aead, counter, datagram)
+            payload = self._decrypt(aead, counter, datagram)
             if payload is None:
                 continue
             if known is not None and known.epoch == epoch:
@@ -302,11 +307,11 @@ class Opener:
             return Opened(sender, epoch, payload)
         return DropReason.BAD_SEAL
 
-
-def _decrypt(aead: ChaCha20Poly1305, counter: int, datagram: bytes) -> bytes | None:
-    nonce = _NONCE_PREFIX + counter.to_bytes(_NUMBER_BYTES, "big")
-    header, sealed = datagram[: _HEADER.size], datagram[_HEADER.size :]
-    try:
-        return aead.decrypt(nonce, sealed, header)
-    except InvalidTag:
-        return None
+    def _decrypt(self, aead: ChaCha20Poly1305, counter: int, datagram: bytes) -> bytes | None:
+        nonce = _NONCE_PREFIX + counter.to_bytes(_NUMBER_BYTES, "big")
+        header, sealed = datagram[: _HEADER.size], datagram[_HEADER.size :]
+        bound_to = self._me if header[0] == FORMAT_ONE else b""
+        try:
+            return aead.decrypt(nonce, sealed, header + bound_to)
+        except InvalidTag:
+            return None

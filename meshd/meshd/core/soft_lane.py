@@ -43,7 +43,7 @@ INTERESTED_MAX: Final = 256
 
 _ASK_AGAIN_S: Final = INTEREST_S / 3  # two repetitions of our interest may be lost
 _ASK_GAP_S: Final = 1.0  # least s between questions for a reading that we lack, to one owner
-_BATCH_SHARE: Final = 0.125  # of soft_refresh_s: renewals due within it go together
+_BATCH_SHARE: Final = 0.125  # of soft_refresh_s: renewals due within it go together, that much late
 
 
 def is_significant(old: Value, new: Value, change: float) -> bool:
@@ -214,7 +214,7 @@ class SoftLane:
         """
         context, config = self._context, self._context.config
         told = {} if node is None else self._told.setdefault(node, {})
-        due_s = context.now_s - config.soft_refresh_s * (1 - _BATCH_SHARE)
+        due_s = context.now_s - config.soft_refresh_s
         messages: list[Message] = []
         for key in keys:
             now = self.table.item(context.me.node, key, context.now_s)
@@ -251,10 +251,12 @@ class SoftLane:
                 context.count("soft_renewed")
             heard_s = min(one.at_s for one in self._told[member.node].values())
             next_s = min(next_s, heard_s + config.soft_refresh_s)
-        self._schedule(max(next_s, context.now_s + config.soft_refresh_s * _BATCH_SHARE))
+        self._schedule(next_s)
 
     def _schedule(self, due_s: float) -> None:
-        self._refresh = self._context.timers.at(due_s, self._renew)
+        """Renew a little after the first is due, together with those that are due by then."""
+        late_s = self._context.config.soft_refresh_s * _BATCH_SHARE
+        self._refresh = self._context.timers.at(due_s + late_s, self._renew)
 
     # -- interest ---------------------------------------------------------------------------------------
 

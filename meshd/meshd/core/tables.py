@@ -73,8 +73,9 @@ class Tables:
         for update in self._updates:
             if update.state.is_live:
                 line = self._context.store.pull_line(update.node)
-                record = (0, 0) if line is None else (int(line.epoch), int(line.max_version))
-                lives.append((update.node, (update.epoch, update.incarnation, *record)))
+                epoch = 0 if line is None else int(line.epoch)
+                version = 0 if line is None else int(line.max_version)
+                lives.append((update.node, (update.epoch, update.incarnation, epoch, version)))
         return tokens.table(lives, buckets)
 
 

@@ -49,14 +49,16 @@ class Tellers:
         """Whether it tells of another what only that node itself could know to be true."""
         if update.node == sender:
             return False
-        # Too high an incarnation of ours is no loss: a new epoch begins at 0.
-        ours = update.node == self._context.me.node
+        if update.node == self._context.me.node:
+            return (
+                update.epoch > EPOCH_TOLD_MAX
+            )  # too high an incarnation is no loss: a new epoch begins at 0
         line = self._context.store.line(update.node)
-        if line is not None and update.epoch <= line.epoch and not ours:
-            return False  # it signed a record in that life
-        return update.epoch > EPOCH_TOLD_MAX or (
-            update.incarnation > INCARNATION_TOLD_MAX and not ours
-        )
+        was_lived = (
+            line is not None and update.epoch <= line.epoch
+        )  # it signed a record in that life
+        too_late = update.epoch > EPOCH_TOLD_MAX and not was_lived
+        return too_late or update.incarnation > INCARNATION_TOLD_MAX
 
     def note_ours(self, update: Update) -> None:
         """We accuse this life ourselves."""

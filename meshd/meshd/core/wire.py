@@ -59,7 +59,9 @@ _ENVELOPE_BYTES: Final = 4  # array header (at most 3) and the protocol number
 class Heartbeat:
     """What every ping and ack says of its sender."""
 
-    state_hash: bytes | None  # 8 bytes, see membership.StateHash; None: that of the ping it answers
+    state_hash: (
+        bytes | None
+    )  # 8 bytes, see membership.state_hash; None: that of the ping it answers
     version: Version  # of the sender's own record
 
     def answering(self, ping: Heartbeat) -> Heartbeat:

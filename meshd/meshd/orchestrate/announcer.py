@@ -105,6 +105,7 @@ class Announcer:
         while True:
             self._sampled = dict(self._figures())
             self._post_writes()
+            self._post_interest()
             until_s = trio.current_time() + LOAD_INTERVAL_S
             while trio.current_time() < until_s:
                 self._publish()
@@ -112,6 +113,12 @@ class Announcer:
                     await self._changed.wait()
                     self._changed = trio.Event()
                     await trio.sleep(LOAD_CHANGE_GAP_S)
+
+    def _post_interest(self) -> None:
+        """In a large mesh, nodes tell their load to those who route to them only."""
+        owners = self._catalogue.take_asked()
+        if owners:
+            self._post(lambda core, now_s: core.interested(owners, now_s))
 
     def _publish(self) -> None:
         load = self.load()

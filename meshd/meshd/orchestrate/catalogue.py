@@ -74,6 +74,7 @@ class Catalogue:
         self._index = Index()
         self._members: dict[NodeId, MemberView] = {}
         self._states: dict[NodeId, PeerState] = {}
+        self._asked: dict[NodeId, None] = {}
         self._loads: dict[NodeId, _Sampled] = {}
         self._refreshed_s = -inf
         self._resolver = Resolver(self._index, store.owner, self._states, self.reach_of)
@@ -149,6 +150,7 @@ class Catalogue:
     def load_of(self, key: Key) -> Load | None:
         """What is known of the load of one capability of one node; None when it is too old."""
         owner, capability_id = key
+        self._asked[owner] = None
         shown = self.load_shown(owner)
         if shown is None:
             return None
@@ -158,6 +160,12 @@ class Catalogue:
         except Malformed:
             return None
         return Load(busy=busy, queued=queued, queue_max=queue_max, age_s=age_s)
+
+    def take_asked(self) -> tuple[NodeId, ...]:
+        """The nodes whose load was asked for since the last call: those that we route to."""
+        asked = tuple(self._asked)
+        self._asked.clear()
+        return asked
 
     def load_shown(self, owner: NodeId) -> tuple[Mapping[str, Value], float] | None:
         """The last load of a node with its age in seconds, None when there is none that counts."""

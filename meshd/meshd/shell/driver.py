@@ -284,7 +284,7 @@ class GossipDriver:
                     assert_never(effect)
 
     def _send_datagram(self, effect: Send) -> None:
-        datagram = self._sealer.seal(effect.payload)
+        datagram = self._sealer.seal(effect.payload, effect.node)
         try:
             self._raw.sendto(datagram, effect.to)
         except OSError:

@@ -187,7 +187,7 @@ class WitnessStreams:
         self._ended(one.node, one.epoch, evident)
 
     async def _say(self, stream: trio.SocketStream, to: NodeId) -> None:
-        sealed = self._sealer.seal(_HELLO + to)
+        sealed = self._sealer.seal(_HELLO + to, to)
         await stream.send_all(WITNESS_BYTE + len(sealed).to_bytes(2, "big") + sealed)
 
     async def _hear(self, stream: trio.SocketStream) -> tuple[NodeId, Epoch]:
