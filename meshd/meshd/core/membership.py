@@ -378,8 +378,8 @@ class StateHash:
         total = 0
         for node, epoch, incarnation in lives:
             held = line(node)
-            record = (0, 0) if held is None else (held.epoch, held.max_version)
-            particulars = (epoch, incarnation, *record)
+            ours = (0, 0) if held is None else (held.epoch, held.max_version)
+            particulars = (int(epoch), incarnation, int(ours[0]), int(ours[1]))
             known = before.get(node)
             if known is None or known[0] != particulars:
                 text = b"%b %d %d %d %d" % (node, *particulars)
