@@ -91,7 +91,22 @@ def test_status_has_a_line_for_health_and_the_counters_that_tell(daemon: Path) -
 def test_peers_says_how_old_each_thing_is(daemon: Path) -> None:
     head, row = meshd(daemon, "peers", "--wide").stdout.splitlines()
     assert head.split() == (
-        ["NODE", "STATE", "SINCE", "ADDRESS", "RTT", "MS", "SERVES", "LOAD", "LOAD", "AGE", "HEARD", "EPOCH", "INC", "ID"]
+        [
+            "NODE",
+            "STATE",
+            "SINCE",
+            "ADDRESS",
+            "RTT",
+            "MS",
+            "SERVES",
+            "LOAD",
+            "LOAD",
+            "AGE",
+            "HEARD",
+            "EPOCH",
+            "INC",
+            "ID",
+        ]
     )
     assert "knowledge/general" in row
     assert "0.50 s" in row

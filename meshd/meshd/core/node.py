@@ -59,6 +59,7 @@ from meshd_cms.soft import SoftItem, SoftState
 from meshd_cms.store import Store
 from meshd_cms.types import Delta, Epoch, NodeId, Value
 
+_HEARD_MAX = 16  # payloads kept decoded
 _SWEEP_S = 1.0  # how often members gone for long are looked for
 
 
@@ -78,6 +79,7 @@ class NodeCore:
         self.config = config
         context = self._context = Context(config, me, store, rng)
         self._started_s = 0.0
+        self._heard: dict[bytes, tuple[Message, ...]] = {}
         self._soft = SoftLane(context)
         self._rumours = Rumours(context)
         self._prober = Prober(
@@ -215,7 +217,7 @@ class NodeCore:
         context = self._context
         self._at(now_s)
         try:
-            messages = decode(payload)
+            messages = self._decoded(payload)
         except CodecError:
             context.count("dropped_malformed")
             context.offend(sender, Offence.MALFORMED)
@@ -351,6 +353,20 @@ class NodeCore:
         self._context.count("own_writes")
         if not self._context.leaving:
             self._rumours.start(Record(delta, rumour=True))
+
+    def _decoded(self, payload: bytes) -> tuple[Message, ...]:
+        """The messages of a payload. Raises CodecError.
+
+        A rumour comes about twelve times, most of them byte for byte the same: it is decoded once.
+        """
+        messages = self._heard.get(payload)
+        if messages is None:
+            messages = decode(payload)
+            if messages and isinstance(messages[0], Record | Claim):
+                self._heard[payload] = messages
+                if len(self._heard) > _HEARD_MAX:
+                    del self._heard[next(iter(self._heard))]
+        return messages
 
     def _receive_own(self, messages: tuple[Message, ...]) -> None:
         self._context.count("dropped_own")

@@ -158,6 +158,7 @@ class GossipDriver:
         self._wake: trio.CancelScope | None = None
         self._stream_tasks = 0
         self._turns_behind = 0
+        self._has_errors = False
         self.statistics = DriverStatistics()
         self.contacts = Contacts()
 
@@ -188,16 +189,24 @@ class GossipDriver:
                 self._execute(self.core.start(trio.current_time()), nursery)
                 task_status.started()
                 while True:
-                    await self._wait()
+                    await self._until_woken(nursery)
                     self._turn(nursery)
 
-    async def _wait(self) -> None:
+    async def _until_woken(self, nursery: trio.Nursery) -> None:
+        """Take in what arrives until a timer is due or a command was posted.
+
+        One cancel scope serves many datagrams: to make one for each costs as much as to read it.
+        """
         with trio.CancelScope(deadline=self.core.deadline_s()) as scope:
             self._wake = scope
             if self._commands:
                 await trio.lowlevel.checkpoint()
-            else:
+            while not self._commands:
                 await trio.lowlevel.wait_readable(self._raw)
+                self._turn(nursery)
+                due_s = self.core.deadline_s()
+                if due_s != scope.deadline:
+                    scope.deadline = due_s
         self._wake = None
 
     def _turn(self, nursery: trio.Nursery) -> None:
@@ -214,7 +223,8 @@ class GossipDriver:
 
     def _drain_socket(self, nursery: trio.Nursery) -> bool:
         """Take in what has arrived; True when nothing is left, so that timers may fire."""
-        self._drain_errors(nursery)
+        if self._has_errors:
+            self._drain_errors(nursery)
         for _ in range(DATAGRAMS_PER_TURN_MAX):
             try:
                 datagram, source = self._raw.recvfrom(65_535)
@@ -249,6 +259,7 @@ class GossipDriver:
         return False
 
     def _drain_errors(self, nursery: trio.Nursery) -> None:
+        self._has_errors = False
         for _ in range(DATAGRAMS_PER_TURN_MAX):
             try:
                 _, ancillary, _, destination = self._raw.recvmsg(512, 512, _MSG_ERRQUEUE)
@@ -289,6 +300,7 @@ class GossipDriver:
             self._raw.sendto(datagram, effect.to)
         except OSError:
             self.statistics.send_errors += 1
+            self._has_errors = True  # perhaps of another destination: the queue says whose
             return
         self.statistics.datagrams_sent += 1
         self.statistics.bytes_sent += len(datagram)
