@@ -412,6 +412,7 @@ class Claims:
             context.notify(MemberSuspected(update.node, update.name, update.address))
         size, factor = self._size(member.node), context.health.factor
         self._suspicions.start(update, size, factor, context.now_s, silent_s)
+        self._suspicions.refit(size, context.now_s)
         self._weigh(member)
         if update.accuser != context.me.node and self._prober.is_witness(update):
             self._prober.probe(member)

@@ -93,6 +93,7 @@ class _Suspicion:
     timeout_s: float
     factor: int  # of our health when it began
     silent_s: float  # for how long it had been silent then
+    confirmations: int = 0
 
 
 class Suspicions:
@@ -118,9 +119,19 @@ class Suspicions:
     def confirm(self, node: NodeId, mesh: Size, confirmations: int, now_s: float) -> None:
         """So many others accuse it too."""
         one = self._running.get(node)
-        if one is None:
-            return
-        timeout_s = suspicion_timeout_s(self._config, mesh, confirmations, one.factor, one.silent_s)
+        if one is not None:
+            one.confirmations = max(one.confirmations, confirmations)
+            self._shorten(one, mesh, now_s)
+
+    def refit(self, mesh: Size, now_s: float) -> None:
+        """Somebody else is suspected now, or gone: fewer are left who could confirm anything."""
+        for one in self._running.values():
+            self._shorten(one, mesh, now_s)
+
+    def _shorten(self, one: _Suspicion, mesh: Size, now_s: float) -> None:
+        timeout_s = suspicion_timeout_s(
+            self._config, mesh, one.confirmations, one.factor, one.silent_s
+        )
         if timeout_s < one.timeout_s:
             began_s = one.timer.due_s - one.timeout_s
             one.timeout_s = timeout_s
