@@ -6,6 +6,7 @@ KEEP ?=
 ASK ?=
 SEEDS ?= 20
 COUNT ?= 1000000
+PEERS ?= meshd
 PYTEST ?=
 
 # ASYNC114: wants a list of every startable function. ASYNC124: handlers of Starlette and hooks are async
@@ -17,7 +18,7 @@ override ASK := $(value ASK)
 export ASK PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-stop test check format sim fuzz plots bench build clean
+.PHONY: help venv demo demo-stop test check format sim fuzz plots bench bench-gossip build clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +60,10 @@ plots: venv ## the simulator's figures as pictures in docs/figures (installs mat
 bench: venv ## the figures of docs/benchmarks.md
 	@for figure in $(notdir $(basename $(wildcard tests/bench/bench_*.py))); do \
 	    echo "== $$figure"; $(BIN)/python -m tests.bench.$$figure || exit; done
+
+bench-gossip: venv ## membership beside other libraries; PEERS=meshd,kinship,... (about 40 minutes, needs root)
+	@$(BIN)/python -m tests.bench.gossip.run --peers $(PEERS) --out gossip.jsonl
+	@$(BIN)/python -m tests.bench.gossip.report gossip.jsonl
 
 build: venv ## wheel and source archive in dist/
 	@$(BIN)/python -m build --no-isolation --outdir dist

@@ -570,6 +570,17 @@ def test_who_leaves_says_goodbye_on_all_witness_streams() -> None:
     assert {e.node for e in effects if isinstance(e, Unwatch)} == {node_id(1), node_id(2)}
 
 
+def test_who_hears_nobody_at_all_suspects_all_and_tells_nobody() -> None:
+    node = bench()
+    node.meet(*range(1, 13))
+    seen = node.run(lan().isolation_s + lan().probe_interval_s + lan().probe_deadline_s)
+    assert {node.state(number) for number in range(1, 13)} == {SUSPECT}
+    assert node.core.statistics()["isolations"] == 1
+    told = [m for _, e in seen for m in messages_in([e]) if isinstance(m, Claim)]
+    accused = {one.update.node for one in told if one.update.state is SUSPECT}
+    assert len(accused) <= 3  # those whose probes failed before it knew
+
+
 def test_a_stall_of_our_own_accuses_nobody() -> None:
     node = bench()
     node.meet(1)

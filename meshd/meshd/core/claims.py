@@ -188,6 +188,26 @@ class Claims:
         # The rumour does not go to whom it is about, or a mesh would knock at the door of one dead.
         context.send(Peer(member.node, member.address), [Claim(update, merged=False)])
 
+    def isolated(self) -> None:
+        """Nobody is heard at all: hold everybody suspect here, and tell nobody.
+
+        We are cut off, or deaf. To find the others silent one by one would take minutes in which work is
+        routed to them; to accuse them aloud, if it is we who are deaf, would make the whole mesh refute.
+        """
+        context = self._context
+        context.count("isolations")
+        for member in tuple(context.members.live()):
+            if member.state is MemberState.ALIVE:
+                update = replace(
+                    member.update,
+                    state=MemberState.SUSPECT,
+                    accuser=context.me.node,
+                    evidence=False,
+                )
+                self._tellers.note_ours(update)
+                silent_s = context.now_s - (context.heard_s or context.now_s)
+                self._apply(update, None, None, silent_s=silent_s, spread=False)
+
     def announce(self, incarnation: int) -> None:
         """Tell everybody that we are alive, in this incarnation."""
         context = self._context

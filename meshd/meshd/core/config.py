@@ -139,6 +139,11 @@ class GossipConfig:
     datagram_payload_bytes_max: int = DATAGRAM_BYTES_MAX - SEALING_BYTES  # bytes before sealing
 
     @property
+    def isolation_s(self) -> float:
+        """After how long without a word from anybody a node takes itself to be cut off."""
+        return 2 * self.probe_interval_s + self.probe_deadline_s
+
+    @property
     def leave_linger_s(self) -> float:
         """How long a driver keeps driving the core after `leave`."""
         return self.leave_copies * self.leave_step_s

@@ -43,6 +43,7 @@ class Context:
         self.store = store
         self.rng = rng
         self.now_s = 0.0
+        self.heard_s: float | None = None  # when a member of this mesh last spoke to us
         self.incarnation = 0
         self.leaving = False
         self.timers = Timers()

@@ -83,7 +83,12 @@ class NodeCore:
         self._soft = SoftLane(context)
         self._rumours = Rumours(context)
         self._prober = Prober(
-            context, self._rumours, self._suspect, self._stream_answered, self._soft.riding
+            context,
+            self._rumours,
+            self._suspect,
+            self._stream_answered,
+            lambda: self._claims.isolated(),
+            self._soft.riding,
         )
         self._claims = Claims(context, self._rumours, self._prober, self._soft)
         self._witnesses = Witnesses(context, self._gone, self._prober.probe)
@@ -227,6 +232,7 @@ class NodeCore:
         elif context.leaving:
             context.count("dropped_leaving")
         else:
+            context.heard_s = context.now_s
             member = context.members.get(sender)
             # A stream has no source port of use, and what knows us by stream knows us as a member.
             known = member is not None and lane is Lane.STREAM

@@ -59,6 +59,7 @@ class Prober:
         rumours: fills the room in pings and acks.
         failed: called with a member that did not answer a whole probe, and for how long, in seconds.
         answered: called with a node that answered a stream ping.
+        isolated: called instead of `failed` when nobody at all has been heard for long.
         extras: messages that ride in every ping and ack (our load).
     """
 
@@ -68,12 +69,14 @@ class Prober:
         rumours: Rumours,
         failed: Callable[[NodeId, float], None],
         answered: Callable[[NodeId], None],
+        isolated: Callable[[], None],
         extras: Callable[[Peer], Sequence[Message]],
     ) -> None:
         self._context = context
         self._rumours = rumours
         self._failed = failed
         self._stream_answered = answered
+        self._isolated = isolated
         self._extras = extras
         self._ring: list[NodeId] = []
         self._next = 0
@@ -204,6 +207,7 @@ class Prober:
             self._context.count("stream_ping_unexpected")
             return
         if ok:
+            self._context.heard_s = self._context.now_s
             for sequence in [key for key, probe in self._probes.items() if probe.node == node]:
                 self._context.count("stream_rescues")
                 self._answered(sequence)
@@ -280,6 +284,8 @@ class Prober:
         if member is None or not member.is_live:
             del self._probes[sequence]
             return
+        if self._is_isolated():
+            self._isolated()
         probe.is_indirect = True
         helpers = context.members.sample(context.config.indirect_probes, member.node)
         probe.helpers = len(helpers)
@@ -297,9 +303,17 @@ class Prober:
         member = context.members.get(probe.node)
         if member is None or not member.is_live:
             return
+        if self._is_isolated():
+            self._isolated()
+            return
         now = member.update
         if (now.epoch, now.incarnation) == (probe.update.epoch, probe.update.incarnation):
             self._failed(probe.node, context.now_s - probe.started_s)
+
+    def _is_isolated(self) -> bool:
+        heard_s = self._context.heard_s
+        isolation_s = self._context.config.isolation_s
+        return heard_s is not None and self._context.now_s - heard_s >= isolation_s
 
     def _answered(self, sequence: int) -> None:
         context, probe = self._context, self._probes.pop(sequence)

@@ -249,7 +249,7 @@ class Repair:
             context.store.confirm(member.node, context.now_s)
             self._in_vain.pop(member.node, None)
         elif heartbeat.version > 0 and told > held:
-            self._note_announced(member.node, told)
+            self._note_announced(member.node, held)
             self._want(member.node, _Wanted(Peer(member.node, member.address), *told))
         ours = context.state_hash()
         if heartbeat.state_hash in (None, ours):
@@ -290,13 +290,13 @@ class Repair:
         context = self._context
         return self._exchanged_s + context.config.exchange_gap_s - context.now_s
 
-    def _note_announced(self, node: NodeId, told: tuple[int, int]) -> None:
-        """A version of its own record that we lack; told again and again, it may not exist."""
-        before, pulls = self._in_vain.get(node, (told, 0))
-        pulls = pulls + 1 if before == told else 1
+    def _note_announced(self, node: NodeId, held: tuple[int, int]) -> None:
+        """It tells of more of its own record than is held here; if pulls never bring any, it may not exist."""
+        before, pulls = self._in_vain.get(node, (held, 0))
+        pulls = pulls + 1 if before == held else 1
         if pulls >= _PULLS_UNFOUNDED:
             self._context.offend(node, Offence.VERSION_UNFOUNDED)
-        self._in_vain[node] = (told, pulls)
+        self._in_vain[node] = (held, pulls)
         if len(self._in_vain) > self._context.config.members_max:
             del self._in_vain[next(iter(self._in_vain))]
 

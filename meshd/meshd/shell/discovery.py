@@ -16,6 +16,7 @@ repeats itself. Service: `_meshd._tcp` (RFC 6763), TXT keys `v` protocol version
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -189,13 +190,14 @@ class MdnsDiscovery:
         if properties.get("v") != PROTOCOL_VERSION:
             self.statistics.other_protocol += 1
             return
-        if properties.get("id") == self._announcement.instance or info.port is None:
+        if properties.get("id") == self._announcement.instance or not info.port:
             return
         self.statistics.hints += 1
         ours = self._announcement
         for address in info.parsed_addresses(self._family()):
             # The bridge of a container runtime: what the peer calls its own is also an address of ours.
-            if (address, info.port) not in {(own, ours.port) for own in ours.addresses}:
+            is_own = (address, info.port) in {(own, ours.port) for own in ours.addresses}
+            if not is_own and _is_a_host(address):
                 self._found((address, info.port))
 
     def _family(self) -> IPVersion:
@@ -260,3 +262,9 @@ class MdnsDiscovery:
             properties=announcement.properties(),
             server=f"meshd-{announcement.instance}.local.",
         )
+
+
+def _is_a_host(address: str) -> bool:
+    """Whether it is the address of one machine: anybody on the link can announce any."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    return not (ip.is_unspecified or ip.is_multicast or ip.is_reserved)
