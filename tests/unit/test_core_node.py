@@ -269,7 +269,7 @@ def test_a_mesh_that_loses_one_tells_little_more_than_two_witnesses_saw() -> Non
 def test_what_no_clock_can_have_begun_is_believed_from_nobody_but_the_node_itself() -> None:
     node = bench()
     node.meet(1, 3)
-    for epoch, incarnation in ((2**47 + 1, 0), (10, 2**31 + 1)):
+    for epoch, incarnation in ((2**47 + 1, 0), (2**48 - 1, 0), (10, 2**31 + 1)):
         absurd = claim(3, ALIVE, incarnation, epoch=epoch)
         node.tell([Claim(absurd, merged=False)], peer=1)
     view = node.core.member(node_id(3))

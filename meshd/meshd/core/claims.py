@@ -46,7 +46,7 @@ from meshd.core.offences import Offence
 from meshd.core.probes import Prober
 from meshd.core.soft_lane import SoftLane
 from meshd.core.suspicion import Size, Suspicions
-from meshd.core.tellers import INCARNATION_TOLD_MAX, Tellers
+from meshd.core.tellers import EPOCH_TOLD_MAX, INCARNATION_TOLD_MAX, Tellers
 from meshd.core.wire import Claim, Message, Record, View
 from meshd.core.witnesses import WITNESSES_NEEDED
 from meshd_cms.types import RUMOUR_BYTES_MAX, Epoch, NodeId, Version
@@ -54,6 +54,7 @@ from meshd_cms.types import RUMOUR_BYTES_MAX, Epoch, NodeId, Version
 _EPOCH_GAP_S: Final = (
     1.0  # between epochs of ours: each is a write to disk and a record signed anew
 )
+_EPOCH_SLACK: Final = 2**32
 _ASK_GAP_S: Final = 1.0  # between questions to one member where it is
 _REFUTE_GAP_S: Final = 1.0  # between answers to an accuser who has no credit left
 _TELL_GAP_S: Final = 0.2  # between two tellings to one node of what is believed of it
@@ -143,7 +144,12 @@ class Claims:
         """A claim, by rumour or out of a peer's table."""
         context, update = self._context, claim.update
         if self._tellers.is_absurd(update, sender):
-            context.offend(sender, Offence.EPOCH_ABSURD)
+            if 0 < update.epoch - EPOCH_TOLD_MAX <= _EPOCH_SLACK:
+                context.count(
+                    "claims_absurd"
+                )  # a victim of such a lie rose just above it: no offence
+            else:
+                context.offend(sender, Offence.EPOCH_ABSURD)
             return
         if update.node == context.me.node:
             self._on_own(update, sender, peer)

@@ -17,6 +17,7 @@ Nothing here raises because of what is on the disk, or because the disk refuses,
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import secrets
 import time
@@ -262,7 +263,7 @@ class Storage:
         peers: list[Address] = []
         for each in cast("list[object]", decoded):
             match each:
-                case [str(host), int(port)] if 0 < port < 65_536:
+                case [str(host), int(port)] if _is_ip(host) and 0 < port < 65_536:
                     peers.append((host, port))
                 case _:
                     pass
@@ -374,3 +375,12 @@ def _busy(file: _File) -> OSError:
 
 def _reason(error: OSError) -> str:
     return _IN_WORDS.get(error.errno, f"it cannot be read: {error.strerror or error}")
+
+
+def _is_ip(host: str) -> bool:
+    """Whether it is an IP literal."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
