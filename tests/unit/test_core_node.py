@@ -710,16 +710,6 @@ def test_a_join_is_answered_with_members_and_too_many_are_put_off() -> None:
     assert [type(one) for one in told] == [JoinLater]
 
 
-def test_our_own_address_among_the_seeds_is_found_out() -> None:
-    node = bench()
-    node.core.join([address(9)], 0.0)
-    seen = node.run(0.0)
-    payload = next(e.payload for _, e in seen if isinstance(e, Send))
-    node.core.receive(payload, node.store.owner, 100, address(9), Lane.DATAGRAM, 0.0)
-    seen = node.run(60.0)
-    assert not any(isinstance(m, Join) for _, e in seen for m in messages_in([e]))
-
-
 def test_a_leave_is_said_several_times_and_then_nothing_more() -> None:
     node = bench()
     node.meet(1, 2)

@@ -137,14 +137,6 @@ class Joining:
         seed.attempts = 0
         self._retry(address, seed, later.retry_after_s)
 
-    def on_own_join(self, join: Join) -> None:
-        """Our own join came back: that address is ourselves."""
-        found = self._find(join.token)
-        if found is not None:
-            address, seed = found
-            seed.timer.cancel()
-            del self._seeds[address]
-
     def _find(self, token: int) -> tuple[Address, _Seed] | None:
         if token == 0:
             return None

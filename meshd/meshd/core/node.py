@@ -228,7 +228,7 @@ class NodeCore:
             context.offend(sender, Offence.MALFORMED)
             return context.take_effects()
         if sender == context.me.node:
-            self._receive_own(messages)
+            context.count("dropped_own")
         elif context.leaving:
             context.count("dropped_leaving")
         else:
@@ -373,12 +373,6 @@ class NodeCore:
                 if len(self._heard) > _HEARD_MAX:
                     del self._heard[next(iter(self._heard))]
         return messages
-
-    def _receive_own(self, messages: tuple[Message, ...]) -> None:
-        self._context.count("dropped_own")
-        for message in messages:
-            if isinstance(message, Join):
-                self._joining.on_own_join(message)
 
     def _dispatch(
         self, messages: tuple[Message, ...], sender: NodeId, sender_epoch: int, peer: Peer
