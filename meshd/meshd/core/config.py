@@ -68,7 +68,7 @@ class GossipConfig:
     )
 
     # -- Rumours ----------------------------------------------------------------------------------------
-    rumour_fanout: int = 3  # peers per burst step. Up: faster spread, more datagrams
+    rumour_fanout: int = 5  # peers per burst step. Up: fewer wake-ups, more datagrams at once
     rumour_step_s: float = 0.01  # s to the second burst step; doubles each step. Up: slower spread
     rumour_loss: float = 0.1  # assumed loss p in L = ceil((ln N + 7)/(1 - p)) sends. Up: more sends
     rumour_sends_per_peer_max: int = 2  # caps L at this * peers in small meshes. Up: more sends

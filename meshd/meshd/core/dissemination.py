@@ -87,7 +87,9 @@ class Rumours:
         self._make_room(subject)
         self._created += 1
         rumour = _Rumour(message, encoded, self._created, context.now_s, config.rumour_step_s)
-        rumour.holders.update(node for node in (heard_from, _about(message)) if node is not None)
+        rumour.holders.update(_knowing(message))
+        if heard_from is not None:
+            rumour.holders.add(heard_from)
         self._rumours[subject] = rumour
         context.count("rumours_started")
         self._schedule()
@@ -207,10 +209,10 @@ class Rumours:
             self._timer = self._context.timers.at(due_s, self._burst)
 
 
-def _about(message: Claim | Record) -> NodeId:
-    """Whom it is about: the subject knows, unless it is accused."""
+def _knowing(message: Claim | Record) -> tuple[NodeId, ...]:
+    """Who need not be told: the subject, who is asked by its accusers, and the accuser."""
     match message:
         case Claim(update):
-            return update.accuser
+            return (update.node, update.accuser)
         case Record(delta):
-            return delta.owner
+            return (delta.owner,)
