@@ -10,7 +10,7 @@ from meshd.core.membership import MemberState
 from meshd.core.sealing import DropReason
 from meshd.health.facts import DaemonFacts, Facts, StrangerFact
 from meshd.health.findings import Code, Finding, Severity
-from meshd.health.wording import lasting, listed, times
+from meshd.health.wording import counted, lasting, listed, times
 
 LONELY_S: Final = 10.0  # before that, a node may simply not have found anybody yet
 EPOCHS_RAISED_MAX: Final = 1  # a restart with an old state folder needs one
@@ -37,8 +37,8 @@ def peers(facts: Facts) -> Iterator[Finding]:
     if not live and daemon.up_s > LONELY_S:
         tried = [
             "multicast DNS" if daemon.mdns.enabled else "",
-            f"{len(daemon.seeds)} seeds" if daemon.seeds else "",
-            f"{daemon.remembered} remembered peers" if daemon.remembered else "",
+            counted(len(daemon.seeds), "seed") if daemon.seeds else "",
+            counted(daemon.remembered, "remembered peer") if daemon.remembered else "",
         ]
         ways = listed([way for way in tried if way]) or "nothing: there is no seed and mDNS is off"
         yield Finding(

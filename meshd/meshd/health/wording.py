@@ -33,3 +33,8 @@ def lasting(seconds: float) -> str:
 def times(count: int) -> str:
     """`once`, `twice`, `31 times`."""
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def counted(count: int, thing: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
