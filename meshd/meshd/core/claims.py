@@ -116,9 +116,8 @@ class Claims:
             # Late words of one who went, or a leave that it never told: it says which, once it hears of it.
             context.count("dropped_left")
             self._tell(last, peer)
-            for one in (
-                messages
-            ):  # whoever brings it, what is believed of ourselves must not go unanswered
+            # Whoever brings it, what is believed of ourselves must not go unanswered.
+            for one in messages:
                 if isinstance(one, Claim) and one.update.node == context.me.node:
                     self.on_claim(one, sender, peer)
             return False
@@ -145,9 +144,8 @@ class Claims:
         context, update = self._context, claim.update
         if self._tellers.is_absurd(update, sender):
             if 0 < update.epoch - EPOCH_TOLD_MAX <= _EPOCH_SLACK:
-                context.count(
-                    "claims_absurd"
-                )  # a victim of such a lie rose just above it: no offence
+                # The victim of such a lie rose just above it: no offence.
+                context.count("claims_absurd")
             else:
                 context.offend(sender, Offence.EPOCH_ABSURD)
             return
@@ -183,16 +181,17 @@ class Claims:
         """We ourselves have a reason to suspect a live member."""
         context = self._context
         context.count("suspicions_raised")
-        update = replace(
-            member.update,
-            state=MemberState.SUSPECT,
-            accuser=context.me.node,
-            evidence=evidence,
-        )
-        self._tellers.note_ours(update)
+        update = self._accusation(member, evidence=evidence)
         self._apply(update, None, None, silent_s=silent_s)
         # The rumour does not go to whom it is about, or a mesh would knock at the door of one dead.
         context.send(Peer(member.node, member.address), [Claim(update, merged=False)])
+
+    def _accusation(self, member: Member, *, evidence: bool = False) -> Update:
+        """That we suspect a member, noted as ours."""
+        me, suspect = self._context.me.node, MemberState.SUSPECT
+        update = replace(member.update, state=suspect, accuser=me, evidence=evidence)
+        self._tellers.note_ours(update)
+        return update
 
     def isolated(self) -> None:
         """Nobody is heard at all: hold everybody suspect here, and tell nobody.
@@ -201,18 +200,13 @@ class Claims:
         routed to them; to accuse them aloud, if it is we who are deaf, would make the whole mesh refute.
         """
         context = self._context
+        alive = [one for one in context.members.live() if one.state is MemberState.ALIVE]
+        if not alive:
+            return
         context.count("isolations")
-        for member in tuple(context.members.live()):
-            if member.state is MemberState.ALIVE:
-                update = replace(
-                    member.update,
-                    state=MemberState.SUSPECT,
-                    accuser=context.me.node,
-                    evidence=False,
-                )
-                self._tellers.note_ours(update)
-                silent_s = context.now_s - (context.heard_s or context.now_s)
-                self._apply(update, None, None, silent_s=silent_s, spread=False)
+        silent_s = context.now_s - (context.heard_s or context.now_s)
+        for member in alive:
+            self._apply(self._accusation(member), None, None, silent_s=silent_s, spread=False)
 
     def announce(self, incarnation: int) -> None:
         """Tell everybody that we are alive, in this incarnation."""

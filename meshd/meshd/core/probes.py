@@ -38,7 +38,6 @@ class _Probe:
     timer: Timer
     helpers: int = 0
     nacks: int = 0
-    is_indirect: bool = False
 
 
 @dataclass(slots=True)
@@ -286,7 +285,6 @@ class Prober:
             return
         if self._is_isolated():
             self._isolated()
-        probe.is_indirect = True
         helpers = context.members.sample(context.config.indirect_probes, member.node)
         probe.helpers = len(helpers)
         for helper in helpers:

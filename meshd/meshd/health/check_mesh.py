@@ -22,10 +22,8 @@ _OFFENCES: Final[Mapping[str, str]] = {
     "record_rejected": "sent records that prove nothing {times}",
     "joins_excess": "asked to join far too often, {times}",
     "version_unfounded": "promised versions that do not exist {times}",
-    "old_epoch": "spoke as an earlier life of somebody {times}",
     "malformed": "sent what cannot be read {times}",
 }
-_HARMLESS: Final = frozenset({"old_epoch"})  # a late datagram after a restart does it too
 
 
 def peers(facts: Facts) -> Iterator[Finding]:
@@ -228,7 +226,7 @@ def offences(facts: Facts) -> Iterator[Finding]:
         told = [
             _OFFENCES.get(kind, f"{kind} {{times}}").format(times=times(count))
             for kind, count in sorted(kinds.items())
-            if count and kind not in _HARMLESS
+            if count
         ]
         if told:
             yield Finding(
