@@ -53,7 +53,6 @@ from meshd.shell.addresses import (
 )
 from meshd.shell.discovery import Announcement, MdnsDiscovery
 from meshd.shell.driver import GossipDriver
-from meshd.shell.identity import IdentityError, load_identity
 from meshd.shell.keeper import StateKeeper, load_store
 from meshd.shell.logs import configure_logs
 from meshd.shell.seeds import Seeds
@@ -62,6 +61,7 @@ from meshd.shell.streams import IncomingCall, PeerStreams, StreamConfig
 from meshd.shell.supervisor import ProcessSupervisor
 from meshd.shell.systemd import Notifier
 from meshd.shell.witness import WitnessStreams
+from meshd.trust.identity import IdentityError, load_identity
 from meshd_cms import Epoch, NodeId, node_id_text
 from meshd_plugins.api import Logger, PluginContext, Value
 from meshd_plugins.manager import PluginManager

@@ -18,9 +18,9 @@ from pathlib import Path
 import structlog
 import trio
 
-from meshd.shell.enrolment import enrol, write_enrolment
-from meshd.shell.identity import Identity, init_mesh, load_identity
 from meshd.shell.streams import CallHeader, IncomingCall, PeerStreams, StreamConfig
+from meshd.trust.enrolment import enrol, write_enrolment
+from meshd.trust.identity import Identity, init_mesh, load_identity
 from meshd_cms.types import NodeId, Value
 
 LOAD: Value = {"busy": 1, "queue": 0, "tokens_per_s": 42.5}

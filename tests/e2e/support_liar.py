@@ -27,7 +27,7 @@ from meshd.core.wire import (
     encode,
     payload_of,
 )
-from meshd.shell.identity import Identity, load_identity
+from meshd.trust.identity import Identity, load_identity
 from meshd_cms.errors import CodecError
 from meshd_cms.store import Store
 from meshd_cms.types import Delta, Epoch, NodeId, StoreConfig, Version

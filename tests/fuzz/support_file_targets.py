@@ -25,11 +25,11 @@ from zeroconf import ServiceInfo
 
 from meshd.core.effects import Address
 from meshd.shell.discovery import HINTS_MAX, SERVICE_TYPE, Announcement, MdnsDiscovery
-from meshd.shell.enrolment import enrol, write_enrolment
 from meshd.shell.envelope import enclose
-from meshd.shell.identity import init_mesh
-from meshd.shell.identity_errors import IdentityError
 from meshd.shell.storage import EPOCH, EPOCH_COPY, FORMAT, PEERS, Storage, StorageError
+from meshd.trust.enrolment import enrol, write_enrolment
+from meshd.trust.identity import init_mesh
+from meshd.trust.identity_errors import IdentityError
 from meshd_cms.errors import SnapshotError
 from meshd_cms.packing import pack
 from meshd_cms.store import Store

@@ -27,8 +27,8 @@ from typing import Self
 
 from tests.support_daemons import STOP_DEADLINE_S, Daemon, Mesh
 
-from meshd.shell.enrolment import enrol, write_enrolment
-from meshd.shell.identity import init_mesh
+from meshd.trust.enrolment import enrol, write_enrolment
+from meshd.trust.identity import init_mesh
 
 NETWORK = "10.77.0"  # /24, private, and only in these namespaces
 NETWORK_V6 = "fd77::"  # /64, the same

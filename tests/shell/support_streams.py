@@ -16,9 +16,9 @@ from tests.shell.support_log import KeptLog
 from meshd.core.effects import Address
 from meshd.core.frame_codec import decode, encode
 from meshd.core.frames import CallHeader, Frame, Hello
-from meshd.shell.enrolment import enrol, write_enrolment
-from meshd.shell.identity import Identity, init_mesh
 from meshd.shell.streams import Handler, IncomingCall, PeerStreams, StreamConfig
+from meshd.trust.enrolment import enrol, write_enrolment
+from meshd.trust.identity import Identity, init_mesh
 from meshd_cms.types import Epoch, NodeId, Value
 
 P = ParamSpec("P")

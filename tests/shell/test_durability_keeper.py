@@ -17,9 +17,9 @@ from tests.unit.support_storage import HONEST, STATE, Disk, PowerCut, Survival, 
 
 from meshd.core.effects import Address
 from meshd.shell.envelope import enclose
-from meshd.shell.identity import Identity, init_mesh
 from meshd.shell.keeper import StateKeeper, load_store
 from meshd.shell.storage import FORMAT, Storage
+from meshd.trust.identity import Identity, init_mesh
 from meshd_cms import Epoch, Store, StoreConfig
 from meshd_cms.snapshot import pack_snapshot, unpack_snapshot
 from meshd_cms.types import Applied, Delta, Version

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from meshd.shell.enrolment import enrol, write_enrolment
-from meshd.shell.identity import init_mesh, load_identity
-from meshd.shell.identity_errors import (
+from meshd.trust.enrolment import enrol, write_enrolment
+from meshd.trust.identity import init_mesh, load_identity
+from meshd.trust.identity_errors import (
     EnrolmentError,
     EnrolmentFileExists,
     IdentityDamaged,
@@ -22,7 +22,7 @@ from meshd.shell.identity_errors import (
     NoIdentity,
     NotTheRoot,
 )
-from meshd.shell.keys import verify
+from meshd.trust.keys import verify
 from meshd_cms.types import node_id_of, node_id_text
 
 ALL_FILES = {

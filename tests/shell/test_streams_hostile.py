@@ -21,8 +21,8 @@ from tests.shell.support_streams import (
 )
 
 from meshd.core.frames import Chunk, Goaway, Hello
-from meshd.shell.identity import init_mesh
 from meshd.shell.streams import PeerRejected, PeerUnreachable, StreamConfig, StreamLost
+from meshd.trust.identity import init_mesh
 from meshd_cms.types import Epoch, NodeId
 
 

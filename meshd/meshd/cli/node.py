@@ -103,9 +103,9 @@ def init(
         )
     if state_dir is None:
         state_dir = settings.config().node.state_dir
-    from meshd.shell import enrolment as enrolling
-    from meshd.shell.identity import init_mesh, load_identity
-    from meshd.shell.identity_errors import IdentityError
+    from meshd.trust import enrolment as enrolling
+    from meshd.trust.identity import init_mesh, load_identity
+    from meshd.trust.identity_errors import IdentityError
     from meshd_cms import node_id_text
 
     try:

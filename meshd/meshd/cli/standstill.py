@@ -21,8 +21,8 @@ from meshd.edge.sockets import open_tcp_socket
 from meshd.health import ClockFacts, Facts, Trouble, TroubleKind, examine
 from meshd.orchestrate.lookout import report_value
 from meshd.shell.addresses import ListenError, listen
-from meshd.shell.identity import IdentityError, load_identity
 from meshd.shell.surroundings import machine_facts
+from meshd.trust.identity import IdentityError, load_identity
 
 if TYPE_CHECKING:
     from pathlib import Path

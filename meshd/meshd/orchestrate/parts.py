@@ -15,11 +15,11 @@ from meshd.orchestrate.host import CapabilityHost
 from meshd.orchestrate.router import Router
 from meshd.shell.discovery import MdnsDiscovery
 from meshd.shell.driver import GossipDriver
-from meshd.shell.identity import Identity
 from meshd.shell.seeds import Seeds
 from meshd.shell.storage import Storage
 from meshd.shell.streams import PeerStreams
 from meshd.shell.supervisor import ProcessSupervisor
+from meshd.trust.identity import Identity
 from meshd_cms import NodeId, Store
 
 MDNS_SHOWN_MAX = 256  # addresses kept for `meshd status`; hints beyond it still count

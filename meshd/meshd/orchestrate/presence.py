@@ -11,7 +11,7 @@ from meshd.core.sealing import mesh_tag
 from meshd.orchestrate.parts import at
 from meshd.shell.addresses import Whereabouts
 from meshd.shell.discovery import Announcement
-from meshd.shell.identity import Identity
+from meshd.trust.identity import Identity
 from meshd_cms import Epoch, node_id_text
 from meshd_plugins.api import Value
 

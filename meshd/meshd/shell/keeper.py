@@ -10,8 +10,8 @@ from typing import TypeAlias
 import trio
 
 from meshd.core.effects import Address
-from meshd.shell.identity import Identity
 from meshd.shell.storage import Storage
+from meshd.trust.identity import Identity
 from meshd_cms import Epoch, SnapshotError, Store, StoreConfig
 from meshd_plugins.api import Logger
 

@@ -19,8 +19,6 @@ import trio
 from meshd.core.effects import Address
 from meshd.core.frames import CallHeader, FrameTooLarge, UnsendableError
 from meshd.core.mux import Mux
-from meshd.shell.certificates import CertificateError
-from meshd.shell.identity import Identity
 from meshd.shell.stream_calls import Handler, IncomingCall, OutgoingCall, StreamConfig
 from meshd.shell.stream_connection import DRAINING, Connection, StreamStatistics
 from meshd.shell.stream_errors import (
@@ -31,8 +29,10 @@ from meshd.shell.stream_errors import (
     StreamError,
     StreamLost,
 )
-from meshd.shell.tls import peer_node
 from meshd.shell.witness import WITNESS_BYTE, first_byte
+from meshd.trust.certificates import CertificateError
+from meshd.trust.identity import Identity
+from meshd.trust.tls import peer_node
 from meshd_cms.types import Epoch, NodeId, Value, node_id_short
 from meshd_plugins.api import Logger
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from meshd.shell.enrolment import enrol, write_enrolment
-from meshd.shell.identity import init_mesh
+from meshd.trust.enrolment import enrol, write_enrolment
+from meshd.trust.identity import init_mesh
 
 ENROLMENT_FILE = "mesh.enrolment"
 FOUNDER = ".founder"

@@ -49,11 +49,11 @@ from meshd.core.node import NodeCore
 from meshd.core.sealing import Opener, Sealer
 from meshd.shell.addresses import Listening, listen
 from meshd.shell.driver import Command, GossipDriver
-from meshd.shell.identity import load_identity
 from meshd.shell.keeper import StateKeeper, load_store
 from meshd.shell.storage import Storage
 from meshd.shell.streams import IncomingCall, PeerStreams, StreamConfig
 from meshd.shell.witness import WitnessStreams
+from meshd.trust.identity import load_identity
 from meshd_cms import Epoch, NodeId, Value
 from meshd_plugins.api import Refused
 

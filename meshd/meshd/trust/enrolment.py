@@ -18,8 +18,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from meshd.shell import certificates
-from meshd.shell.identity import (
+from meshd.trust import certificates
+from meshd.trust.identity import (
     DATAGRAM_KEY_BYTES,
     ROOT_CERTIFICATE_FILE,
     ROOT_KEY_FILE,
@@ -32,7 +32,7 @@ from meshd.shell.identity import (
     write_identity,
     write_private,
 )
-from meshd.shell.identity_errors import (
+from meshd.trust.identity_errors import (
     EnrolmentError,
     EnrolmentFileExists,
     IdentityDamaged,

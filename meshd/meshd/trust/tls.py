@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from meshd.shell.certificates import CertificateError, node_of
+from meshd.trust.certificates import CertificateError, node_of
 from meshd_cms.types import MeshId, NodeId
 
 

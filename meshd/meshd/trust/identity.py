@@ -13,7 +13,7 @@ Under `<state_dir>/identity/`, directory 0700, files 0600::
 The directory appears whole or not at all (it is written beside and renamed), and is never overwritten.
 Nothing in it changes after that, so a sum of each file tells a bit that flipped: a datagram key or a
 certificate that is wrong in one bit reads well, and the node would be shut out without a word.
-Enrolling further nodes is in `meshd.shell.enrolment`.
+Enrolling further nodes is in `meshd.trust.enrolment`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from meshd.shell import certificates, tls
-from meshd.shell.identity_errors import (
+from meshd.trust import certificates, tls
+from meshd.trust.identity_errors import (
     IdentityDamaged,
     IdentityError,
     IdentityExists,
@@ -43,7 +43,7 @@ from meshd.shell.identity_errors import (
     IdentityUnsafe,
     NoIdentity,
 )
-from meshd.shell.keys import Ed25519Signer, verify
+from meshd.trust.keys import Ed25519Signer, verify
 from meshd_cms.types import MESH_ID_BYTES, MeshId, NodeId
 
 __all__ = [
@@ -96,7 +96,7 @@ class Identity:
     is_founder: bool  # holds the root key, so it can write enrolment files
 
     def verify(self, public_key: bytes, message: bytes, signature: bytes) -> bool:
-        """`meshd.shell.keys.verify`: the `Verifier` of the capability store."""
+        """`meshd.trust.keys.verify`: the `Verifier` of the capability store."""
         return verify(public_key, message, signature)
 
 

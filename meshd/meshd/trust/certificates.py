@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from meshd.shell.keys import raw_public_key
+from meshd.trust.keys import raw_public_key
 from meshd_cms.types import MeshId, NodeId, node_id_of, node_id_text
 
 VALID_FROM: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
