@@ -92,6 +92,7 @@ class SimNode:
     stalled_until_s: float = 0.0
     backlog: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
     disk: bytes = b""  # the last snapshot
+    decrees: list[bytes] = field(default_factory=list[bytes])  # kept as soon as they are known
     wall_off_s: float = 0.0  # how far its wall clock is off
     disturbed: bool = False  # it was crashed, stalled or cut off: its death may be told
 

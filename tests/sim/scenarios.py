@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from tests.sim import scenarios_basic, scenarios_clocks, scenarios_faults, scenarios_liar
+from tests.sim import (
+    scenarios_basic,
+    scenarios_clocks,
+    scenarios_decrees,
+    scenarios_faults,
+    scenarios_liar,
+)
 from tests.sim.plays import SCENARIOS, Outcome, Play, play
 
 __all__ = [
@@ -12,6 +18,7 @@ __all__ = [
     "play",
     "scenarios_basic",
     "scenarios_clocks",
+    "scenarios_decrees",
     "scenarios_faults",
     "scenarios_liar",
 ]

@@ -22,8 +22,10 @@ from tests.sim.machine import BACKLOG_MAX, Life, SimNode, WatchedStore
 from tests.sim.network import Clock, Network
 from tests.sim.streams import Streams
 from tests.unit.support_cms import HashSigner, hash_verify
+from tests.unit.support_decrees import hash_verify_decree
 
 from meshd.core.config import GossipConfig
+from meshd.core.decrees import Decrees
 from meshd.core.effects import (
     Address,
     Effect,
@@ -36,12 +38,14 @@ from meshd.core.effects import (
     Watch,
 )
 from meshd.core.events import (
+    Decreed,
     Event,
     MemberAlive,
     MemberFailed,
     MemberForgotten,
     MemberJoined,
     MemberLeft,
+    MemberRevoked,
     MemberSuspected,
     MemberUpdated,
     SelfEpochRaised,
@@ -161,7 +165,10 @@ class World:
             store = Store(StoreConfig(), MESH, node.signer, chosen, hash_verify)
         watched = WatchedStore.over(store)
         me = LocalNode(node.id, node.name, node.address)
-        core = self._core(self.config, me, watched, random.Random(self.rng.getrandbits(64)))
+        decrees = Decrees(hash_verify_decree)
+        decrees.load(node.decrees)
+        rng = random.Random(self.rng.getrandbits(64))
+        core = self._core(self.config, me, watched, rng, decrees)
         life = node.life = Life(core, watched, watched.epoch)
         self.checker.born(node)
         return life
@@ -469,6 +476,8 @@ class World:
         match event:
             case SelfEpochRaised(epoch):
                 life.epoch = epoch
+            case Decreed(decree):
+                node.decrees.append(decree.raw)
             case MemberFailed() | MemberSuspected():
                 life.told_of[event.node] = None
                 about = self.by_id[event.node]
@@ -479,7 +488,12 @@ class World:
                     else:
                         self.false_suspicions += 1
             case (
-                MemberJoined() | MemberUpdated() | MemberAlive() | MemberLeft() | MemberForgotten()
+                MemberJoined()
+                | MemberUpdated()
+                | MemberAlive()
+                | MemberLeft()
+                | MemberForgotten()
+                | MemberRevoked()
             ):
                 life.told_of[event.node] = None
             case _:

@@ -16,6 +16,7 @@ from meshd.core.wire import (
     TARGET_BYTES,
     Ack,
     Claim,
+    DecreesHeld,
     Digest,
     Heartbeat,
     Interest,
@@ -26,6 +27,7 @@ from meshd.core.wire import (
     Nack,
     Ping,
     PingRequest,
+    Proclaim,
     Pull,
     Record,
     Soft,
@@ -65,6 +67,8 @@ EXAMPLES: list[Message] = [
     SoftStill(7, 3.999),
     Interest(30.0),
     Summary((1, 2**32 - 1)),
+    Proclaim(b"a decree", rumour=True),
+    DecreesHeld(bytes(8), b"\xff" * 8, (b"12345678", b"abcdefgh"), answer=True),
     Pull((LINE,)),
 ]
 

@@ -220,6 +220,34 @@ def test_both_keys_open_while_keys_rotate() -> None:
     assert bob.open(sealer().seal(b"old key"), 0.0) == dropped(DropReason.REPLAYED)
 
 
+def test_a_sender_goes_on_under_a_new_key_with_no_nonce_used_twice() -> None:
+    alice, bob = sealer(), opener(KEY)
+    first = [alice.seal(b"old %d" % number) for number in range(3)]
+    assert all(isinstance(bob.open(one, 0.0), Opened) for one in first[:2])
+    bob.use_keys((OTHER_KEY, KEY))
+    alice.use_key(OTHER_KEY)
+    second = alice.seal(b"new")
+    assert bob.open(second, 0.0) == Opened(ALICE, EPOCH, b"new")
+    assert second[27:33] > first[-1][27:33]  # the counter went on
+    assert bob.open(first[2], 0.0) == Opened(ALICE, EPOCH, b"old 2")  # late, under the old key
+    for one in (*first, second):
+        assert bob.open(one, 0.0) == dropped(DropReason.REPLAYED)
+
+
+def test_a_key_that_is_gone_opens_nothing_and_its_senders_keep_their_windows() -> None:
+    alice, bob = sealer(), opener(KEY)
+    assert isinstance(bob.open(alice.seal(b"1"), 0.0), Opened)
+    late = alice.seal(b"2")
+    bob.use_keys((OTHER_KEY,))
+    assert bob.open(late, 0.0) == dropped(DropReason.BAD_SEAL)
+    alice.use_key(OTHER_KEY)
+    third = alice.seal(b"3")
+    assert bob.open(third, 0.0) == Opened(ALICE, EPOCH, b"3")
+    bob.use_keys((KEY,))
+    assert bob.open(late, 0.0) == Opened(ALICE, EPOCH, b"2")
+    assert bob.open(late, 0.0) == dropped(DropReason.REPLAYED)
+
+
 def test_the_least_recently_heard_sender_is_forgotten_first() -> None:
     bob = opener(senders_max=2)
     names = [NodeId(bytes([index]) * 16) for index in range(3)]

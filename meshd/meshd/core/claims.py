@@ -29,6 +29,7 @@ from meshd.core.events import (
     MemberForgotten,
     MemberJoined,
     MemberLeft,
+    MemberRevoked,
     MemberSuspected,
     MemberUpdated,
     NameContested,
@@ -152,6 +153,9 @@ class Claims:
         if update.node == context.me.node:
             self._on_own(update, sender, peer)
             return
+        if context.decrees.is_revoked(update.node) or context.decrees.is_revoked(update.accuser):
+            context.count("claims_revoked")
+            return
         held = context.members.get(update.node)
         if held is not None and held.update == update:
             context.count("claims_stale")
@@ -231,6 +235,24 @@ class Claims:
         delta = context.store.delta_since(context.me.node, Version(0), RUMOUR_BYTES_MAX)
         if delta is not None:
             self._rumours.start(Record(delta, rumour=True))
+
+    def expel(self, node: NodeId) -> None:
+        """A node was revoked: nothing of it stays, and nothing it did is taken back."""
+        context = self._context
+        member = context.members.get(node)
+        if member is None:
+            if context.store.line(node) is not None and node != context.me.node:
+                self._drop_record(node)
+            return
+        self._suspicions.stop(node)
+        context.emit(Unwatch(node))
+        update = context.members.bury(node, context.now_s)
+        self._drop_record(node)
+        context.touch()
+        context.notify(MemberRevoked(update.node, update.name, update.address))
+        self.changed()
+        if not context.members.live():
+            self.alone()
 
     def sweep(self) -> None:
         """Forget members that are gone for long, and records of nobody."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meshd.core.config import GossipConfig
+from meshd.core.decrees import Decrees
 from meshd.core.effects import Address, Effect, Notify, Send
 from meshd.core.events import Event
 from meshd.core.membership import LocalNode, Members, MemberState, StateHash, Update
@@ -35,13 +36,19 @@ class Context:
     """Mutable; owned by one `NodeCore`."""
 
     def __init__(
-        self, config: GossipConfig, me: LocalNode, store: Store, rng: random.Random
+        self,
+        config: GossipConfig,
+        me: LocalNode,
+        store: Store,
+        rng: random.Random,
+        decrees: Decrees,
     ) -> None:
         assert me.node == store.owner, "the store is another node's"
         self.config = config
         self.me = me
         self.store = store
         self.rng = rng
+        self.decrees = decrees
         self.now_s = 0.0
         self.heard_s: float | None = None  # when a member of this mesh last spoke to us
         self.incarnation = 0
@@ -123,7 +130,7 @@ class Context:
             for member in self.members.live():
                 update = member.update
                 lives.append((update.node, update.epoch, update.incarnation))
-            now = self._state_hash.of(lives, self.store.line)
+            now = _xor(self._state_hash.of(lives, self.store.line), self.decrees.hash)
             if now != self._hash:
                 self._hash, self._hash_since_s = now, self._touched_s
             self._hash_is_stale = False
@@ -138,3 +145,7 @@ class Context:
         """What every ping and ack of ours says."""
         line = self.store.line(self.me.node)
         return Heartbeat(self.state_hash(), Version(0) if line is None else line.max_version)
+
+
+def _xor(one: bytes, other: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(one, other, strict=True))

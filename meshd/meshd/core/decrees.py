@@ -28,6 +28,7 @@ DECREE_BYTES_MAX: Final = 1_200
 """One decree with its proofs; it has to fit a datagram."""
 DECREES_MAX: Final = 1_024
 """Held at most: about one megabyte."""
+DECREE_ID_BYTES: Final = 8
 COMMITMENT_BYTES: Final = 32
 GENERATION_MAX: Final = 2**32 - 1
 
@@ -61,7 +62,7 @@ class Decree:
 
 def decree_id(raw: bytes) -> bytes:
     """Eight bytes that tell a decree from others."""
-    return hashlib.blake2b(raw, digest_size=8).digest()
+    return hashlib.blake2b(raw, digest_size=DECREE_ID_BYTES).digest()
 
 
 DecreeVerifier: TypeAlias = Callable[[bytes], Decree | None]
@@ -76,7 +77,7 @@ class Decrees:
         self._held: dict[bytes, Decree] = {}
         self._revoked: dict[NodeId, Decree] = {}  # the highest-ranking revocation of each
         self._generation: Decree | None = None
-        self._hash = bytes(8)
+        self._hash = bytes(DECREE_ID_BYTES)
 
     def __len__(self) -> int:
         """How many are held."""
@@ -95,6 +96,15 @@ class Decrees:
     def generation(self) -> Decree | None:
         """The datagram key in force, as decreed; None: the founder's."""
         return self._generation
+
+    def holds(self, raw: bytes) -> bool:
+        """Whether exactly this decree is held."""
+        held = self._held.get(decree_id(raw))
+        return held is not None and held.raw == raw
+
+    def revoked(self) -> tuple[NodeId, ...]:
+        """Who is out, sorted."""
+        return tuple(sorted(self._revoked))
 
     def is_revoked(self, node: NodeId) -> bool:
         """Whether a node is out."""
@@ -166,7 +176,8 @@ class Decrees:
         self._held = {each.id: each for each in (*revocations, *latest.values())}
         self._revoked = revoked
         self._generation = max(latest.values(), key=_order, default=None)
-        self._hash = hashlib.blake2b(b"".join(sorted(self._held)), digest_size=8).digest()
+        joined = b"".join(sorted(self._held))
+        self._hash = hashlib.blake2b(joined, digest_size=DECREE_ID_BYTES).digest()
 
 
 def _order(decree: Decree) -> tuple[int, bytes]:

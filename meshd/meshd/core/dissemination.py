@@ -24,20 +24,33 @@ from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from meshd.core.context import Context, Peer
+from meshd.core.decrees import decree_id
 from meshd.core.timers import Timer
-from meshd.core.wire import Claim, Message, Record, encode, payload_bytes, payload_of
-from meshd_cms.types import NodeId
+from meshd.core.wire import (
+    Claim,
+    Message,
+    Proclaim,
+    Record,
+    encode,
+    payload_bytes,
+    payload_of,
+)
+from meshd_cms.types import NODE_ID_BYTES, NodeId
 
 Subject: TypeAlias = tuple[str, NodeId, int]
-"""("member", node, 0) or ("record", owner, version)."""
+"""("member", node, 0), ("record", owner, version) or ("decree", nobody, its id)."""
 
 
+News: TypeAlias = Claim | Record | Proclaim
+"""What is spread as a rumour."""
+
+NOBODY: Final = NodeId(bytes(NODE_ID_BYTES))
 _OF_ONE_OWNER_MAX: Final = 32  # records of one owner that wait to be told
 
 
 @dataclass(slots=True)
 class _Rumour:
-    message: Claim | Record
+    message: News
     encoded: bytes
     created: int  # our count of rumours: higher is newer
     due_s: float  # of the next burst step
@@ -52,12 +65,14 @@ def sends_for(nodes: int, loss: float, per_peer_max: int) -> int:
     return min(wanted, per_peer_max * (nodes - 1))
 
 
-def _subject(message: Claim | Record) -> Subject:
+def _subject(message: News) -> Subject:
     match message:
         case Claim(update):
             return ("member", update.node, 0)
         case Record(delta):
             return ("record", delta.owner, delta.until)
+        case Proclaim(raw):
+            return ("decree", NOBODY, int.from_bytes(decree_id(raw), "big"))
 
 
 class Rumours:
@@ -73,7 +88,7 @@ class Rumours:
     def __len__(self) -> int:
         return len(self._rumours)
 
-    def start(self, message: Claim | Record, heard_from: NodeId | None = None) -> None:
+    def start(self, message: News, heard_from: NodeId | None = None) -> None:
         """Spread a message; it replaces an older rumour about the same subject."""
         context, config = self._context, self._context.config
         encoded = encode(message)
@@ -107,7 +122,7 @@ class Rumours:
             del self._rumours[next(iter(self._rumours))]
             context.count("rumour_overflow")
 
-    def heard(self, message: Claim | Record, sender: NodeId) -> None:
+    def heard(self, message: News, sender: NodeId) -> None:
         """A peer told us the same: it need not be told."""
         rumour = self._rumours.get(_subject(message))
         if rumour is None or sender in rumour.holders:
@@ -209,10 +224,12 @@ class Rumours:
             self._timer = self._context.timers.at(due_s, self._burst)
 
 
-def _knowing(message: Claim | Record) -> tuple[NodeId, ...]:
+def _knowing(message: News) -> tuple[NodeId, ...]:
     """Who need not be told: the subject, who is asked by its accusers, and the accuser."""
     match message:
         case Claim(update):
             return (update.node, update.accuser)
         case Record(delta):
             return (delta.owner,)
+        case Proclaim():
+            return ()

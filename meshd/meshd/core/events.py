@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from meshd.core.decrees import Decree
 from meshd_cms.types import Epoch, NodeId
 
 
@@ -69,6 +70,25 @@ class MemberForgotten:
     node: NodeId
     name: str
     address: tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class MemberRevoked:
+    """A member was shut out by decree: it is not listed any more, and its record is gone."""
+
+    node: NodeId
+    name: str
+    address: tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Decreed:
+    """An authority decreed something that was not known here. It is in force, and is passed on.
+
+    It may be about this very node. What it voids, and what it expels, has happened.
+    """
+
+    decree: Decree
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +157,11 @@ MemberEvent: TypeAlias = (
     | MemberFailed
     | MemberLeft
     | MemberForgotten
+    | MemberRevoked
 )
 Event: TypeAlias = (
     MemberEvent
+    | Decreed
     | AddressContested
     | NameContested
     | RecordChanged

@@ -22,20 +22,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import assert_never
 
+from meshd.core.answers import Answers
 from meshd.core.claims import Claims
 from meshd.core.config import GossipConfig
 from meshd.core.context import Context, Peer
+from meshd.core.decrees import Decrees
 from meshd.core.dissemination import Rumours
 from meshd.core.effects import Address, Effect, Lane
 from meshd.core.joining import Joining
 from meshd.core.membership import LocalNode, Member, MemberState, MemberView, Update
 from meshd.core.offences import Offence
 from meshd.core.probes import Prober
+from meshd.core.proclaiming import Proclaiming
 from meshd.core.repair import Repair
 from meshd.core.soft_lane import SoftLane
 from meshd.core.wire import (
     Ack,
     Claim,
+    DecreesHeld,
     Digest,
     Interest,
     Join,
@@ -45,6 +49,7 @@ from meshd.core.wire import (
     Nack,
     Ping,
     PingRequest,
+    Proclaim,
     Pull,
     Record,
     Soft,
@@ -71,13 +76,20 @@ class NodeCore:
         me: what this node is made known as.
         store: the records, ours among them; from now on only this core writes to it.
         rng: the only randomness used.
+        decrees: what the authorities of the mesh decreed, as far as it is known; only this core adds to it.
     """
 
     def __init__(
-        self, config: GossipConfig, me: LocalNode, store: Store, rng: random.Random
+        self,
+        config: GossipConfig,
+        me: LocalNode,
+        store: Store,
+        rng: random.Random,
+        decrees: Decrees | None = None,
     ) -> None:
         self.config = config
-        context = self._context = Context(config, me, store, rng)
+        decrees = Decrees() if decrees is None else decrees
+        context = self._context = Context(config, me, store, rng, decrees)
         self._started_s = 0.0
         self._heard: dict[bytes, tuple[Message, ...]] = {}
         self._soft = SoftLane(context)
@@ -92,7 +104,9 @@ class NodeCore:
         )
         self._claims = Claims(context, self._rumours, self._prober, self._soft)
         self._witnesses = Witnesses(context, self._gone, self._prober.probe)
-        self._repair = Repair(context, self._rumours, self._claims.learn_own_epoch)
+        answers = Answers(context)
+        self._repair = Repair(context, self._rumours, answers, self._claims.learn_own_epoch)
+        self._proclaiming = Proclaiming(context, self._rumours, answers, self._claims.expel)
         self._joining = Joining(context, self._repair)
         self._claims.newcomer = self._repair.fetch
         self._claims.came_back = self._repair.exchange
@@ -194,6 +208,12 @@ class NodeCore:
             self._joining.contact(addresses)
         return self._context.take_effects()
 
+    def decree(self, raw: bytes, now_s: float) -> tuple[Effect, ...]:
+        """A decree that we made, or learnt outside gossip. A bad or a known one changes nothing."""
+        self._at(now_s)
+        self._proclaiming.take(raw, None)
+        return self._context.take_effects()
+
     def leave(self, now_s: float) -> tuple[Effect, ...]:
         """Say goodbye: final for this epoch. Drive the core for `config.leave_linger_s` more."""
         context = self._context
@@ -232,11 +252,14 @@ class NodeCore:
         elif context.leaving:
             context.count("dropped_leaving")
         else:
-            context.heard_s = context.now_s
             member = context.members.get(sender)
             # A stream has no source port of use, and what knows us by stream knows us as a member.
             known = member is not None and lane is Lane.STREAM
             peer = Peer(sender, member.address if member is not None and known else source)
+            if context.decrees.is_revoked(sender):
+                self._proclaiming.refuse(sender, peer)
+                return context.take_effects()
+            context.heard_s = context.now_s
             if self._claims.on_sender(peer, sender, sender_epoch, messages):
                 self._dispatch(messages, sender, sender_epoch, peer)
         return context.take_effects()
@@ -251,7 +274,9 @@ class NodeCore:
         context = self._context
         self._at(now_s)
         last = context.members.last_word(sender)
-        if last is not None and sender_epoch < last.epoch and not context.leaving:
+        if context.decrees.is_revoked(sender):
+            context.count("dropped_revoked")
+        elif last is not None and sender_epoch < last.epoch and not context.leaving:
             context.count("old_epochs_told")
             context.send(Peer(sender, source), [Claim(last, merged=False)])
         return context.take_effects()
@@ -317,6 +342,11 @@ class NodeCore:
     def has_peers(self) -> bool:
         """Whether another live member is known."""
         return bool(self._context.members.live())
+
+    @property
+    def decrees(self) -> Decrees:
+        """What the authorities decreed, to read from."""
+        return self._context.decrees
 
     @property
     def soft(self) -> SoftState:
@@ -411,6 +441,12 @@ class NodeCore:
                     self._joining.on_later(message)
                 case Summary():
                     self._repair.on_summary(message, peer)
+                    self._proclaiming.on_summary(message.decrees, peer)
+                case Proclaim(raw):
+                    if not self._proclaiming.take(raw, sender):
+                        return
+                case DecreesHeld():
+                    self._proclaiming.on_held(message, peer)
                 case Soft() | SoftStill() | Interest():
                     self._soft.on_message(message, sender_epoch, peer)
                 case _:

@@ -29,6 +29,7 @@ class Offence(Enum):
     VERSION_UNFOUNDED = (
         "version_unfounded"  # announced a version of its record that it does not have
     )
+    DECREE_REJECTED = "decree_rejected"  # sent a decree that no authority of the mesh signed
     MALFORMED = "malformed"  # sealed with the mesh's key, and no message of this protocol
 
 

@@ -25,7 +25,8 @@ Counted: `hash_mismatches` (heartbeats that differ from ours at rest), `hash_rep
 exchange begun), `hash_mismatches_passed` (those that news explained), `exchanges` (begun, for any reason),
 `summaries_equal` and `summaries_different` (received), `answers_excess` (see answers.py),
 `pulls`, `pull_overflow`, `records_applied`, `records_repaired`, `records_parked`, `record_ghost`,
-`record_rejected_<reason>`.
+`record_rejected_<reason>`, `record_revoked` (of an owner that is out), `record_unverified` (from who sent too many
+with bad signatures: what an honest node sends comes from others, too).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, assert_never
 
+from meshd.core.allowance import Allowances
 from meshd.core.answers import Answers
 from meshd.core.buckets import FIRST_ID, LAST_ID, Tokens, buckets_for
 from meshd.core.context import Context, Peer
@@ -72,6 +74,8 @@ _ENVELOPE_BYTES: Final = 64  # of a table or records beside their lines, at most
 _RECORD_BYTES: Final = 16  # of a record message beside its delta, with the envelope
 _STREAMED_OWNERS_MAX: Final = 8  # who asks for more owners' records asks again for what is left
 _CONFIRM_SHARE: Final = 0.375  # of hash_settle_s: what a rumour under way may still take, and more
+_UNSIGNED_PER_S: Final = 5.0  # records of one teller that are found not to be their owner's
+_UNSIGNED_BURST: Final = 20.0
 _PULLS_UNFOUNDED: Final = 8  # of one announced version in vain: more than loss explains
 _SENDERS_FAULT: Final = (
     RejectReason.MALFORMED,
@@ -107,11 +111,16 @@ class Repair:
     Args:
         context: shared with the other parts.
         rumours: what a rumour brought is passed on.
+        answers: bounds long answers.
         own_epoch_seen: called when our signature was seen under another life of ours.
     """
 
     def __init__(
-        self, context: Context, rumours: Rumours, own_epoch_seen: Callable[[Epoch], None]
+        self,
+        context: Context,
+        rumours: Rumours,
+        answers: Answers,
+        own_epoch_seen: Callable[[Epoch], None],
     ) -> None:
         self._context = context
         self._rumours = rumours
@@ -120,7 +129,8 @@ class Repair:
         self._pull_timer: Timer | None = None
         self._doubt: _Doubt | None = None
         self._exchanged_s = float("-inf")
-        self._answers = Answers(context)
+        self._answers = answers
+        self._unsigned = Allowances(_UNSIGNED_PER_S, _UNSIGNED_BURST, context.config.members_max)
         self._newcomers = Newcomers(context, self.exchange)
         self._tokens = Tokens()
         self._in_vain: dict[
@@ -143,7 +153,7 @@ class Repair:
         context.count("exchanges")
         buckets = buckets_for(context.members.live_count())
         hashes = Tables(context).summary(self._tokens, buckets)
-        context.send(Peer(member.node, member.address), [Summary(hashes)])
+        context.send(Peer(member.node, member.address), [Summary(hashes, context.decrees.hash)])
 
     def send_tables(self, peer: Peer, first: Sequence[Message]) -> None:
         """Send `first` and our view and digest, asking for what we lack."""
@@ -208,6 +218,12 @@ class Repair:
     def on_record(self, record: Record, sender: NodeId, peer: Peer) -> None:
         """Hand a delta to the store, and do what its verdict asks for."""
         context, delta = self._context, record.delta
+        if context.decrees.is_revoked(delta.owner):
+            context.count("record_revoked")
+            return
+        if self._unsigned.of(sender).left(context.now_s) < 1.0:
+            context.count("record_unverified")
+            return
         if self._is_ghost(delta.owner, delta.epoch):
             context.count("record_ghost")
             return
@@ -231,6 +247,7 @@ class Repair:
             case Rejected(_, reason):
                 context.count(f"record_rejected_{reason.value}")
                 if reason in _SENDERS_FAULT:
+                    self._unsigned.of(sender).take(context.now_s)
                     context.offend(sender, Offence.RECORD_REJECTED)
             case OwnEpochSeen(epoch):
                 self._own_epoch_seen(epoch)
@@ -314,6 +331,8 @@ class Repair:
 
     def _is_ghost(self, owner: NodeId, epoch: int) -> bool:
         """Whether it is the record of somebody who is no longer listed."""
+        if self._context.decrees.is_revoked(owner):
+            return True
         if owner in self._context.members:
             return False
         last = self._context.members.last_word(owner)
@@ -322,6 +341,8 @@ class Repair:
     def _knows_better(self, line: ViewLine) -> bool:
         if line.node == self._context.me.node:
             return _precedence(line) > self._context.own_update().precedence
+        if self._context.decrees.is_revoked(line.node):
+            return False
         last = self._context.members.last_word(line.node)
         if last is None:
             return line.state.is_live

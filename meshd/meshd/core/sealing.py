@@ -151,6 +151,12 @@ class Sealer:
         self._counter = 0
         self._aead = _sender_aead(self._key, self._mesh, self._me, epoch)
 
+    def use_key(self, key: bytes) -> None:
+        """Go on under a new key of the mesh. The epoch stays and the counter goes on, so no nonce comes twice."""
+        assert len(key) == KEY_BYTES
+        self._key = key
+        self._aead = _sender_aead(key, self._mesh, self._me, self._epoch)
+
     def seal(self, payload: bytes, to: NodeId | None = None) -> bytes:
         """The datagram that carries `payload` to a node, or to anyone: at most `DATAGRAM_BYTES_MAX` bytes.
 
@@ -175,7 +181,7 @@ class _Sender:
     """What is known of one authenticated sender. `seen` bit i: counter `highest - i` was opened."""
 
     epoch: Epoch
-    aead: ChaCha20Poly1305
+    aead: ChaCha20Poly1305 | None  # None: its key is not in force any more
     key: bytes  # the mesh key that `aead` was derived from
     highest: int = 0
     seen: int = 0
@@ -220,6 +226,17 @@ class Opener:
         self._opened = 0
         self._opened_old = 0
         self._drops: Counter[DropReason] = Counter()
+
+    def use_keys(self, keys: Sequence[bytes]) -> None:
+        """Open under these keys of the mesh from now on, the current one first, and under no other.
+
+        Who was heard under a key that is gone stays remembered with its window: it goes on under another.
+        """
+        assert keys
+        self._keys = tuple(keys)
+        for known in self._senders.values():
+            if known.key not in self._keys:
+                known.aead = None
 
     def open(self, datagram: bytes, now_s: float | None = None) -> Opened | Dropped:
         """The payload, or why there is none. Never raises, whatever the bytes.
@@ -270,7 +287,7 @@ class Opener:
         if known is not None and epoch == known.epoch:
             if not known.is_fresh(counter):
                 return DropReason.REPLAYED
-            payload = self._decrypt(known.aead, counter, datagram)
+            payload = None if known.aead is None else self._decrypt(known.aead, counter, datagram)
             if payload is not None:
                 known.mark(counter)
                 self._senders.move_to_end(sender)
@@ -291,7 +308,8 @@ class Opener:
         self, datagram: bytes, sender: NodeId, epoch: Epoch, counter: int, known: _Sender | None
     ) -> Opened | DropReason:
         """First contact, a new epoch, or a rotated mesh key: derive, try, remember only on success."""
-        tried = known.key if known is not None and known.epoch == epoch else None
+        is_same_life = known is not None and known.epoch == epoch
+        tried = known.key if known is not None and is_same_life and known.aead else None
         for key in self._keys:
             if key == tried:
                 continue

@@ -21,6 +21,7 @@ from functools import lru_cache
 from typing import Final, TypeAlias, assert_never, cast
 
 from meshd.core.buckets import pack_hashes, unpack_hashes
+from meshd.core.decrees import DECREE_BYTES_MAX, DECREE_ID_BYTES, DECREES_MAX
 from meshd.core.effects import Address
 from meshd.core.membership import STATE_HASH_BYTES, STATES, MemberState, Update
 from meshd_cms.codec import (
@@ -205,6 +206,25 @@ class Summary:
     """Hashes of what I hold, a bucket of node ids each: answer with your lines where yours differ."""
 
     hashes: tuple[int, ...]  # a power of two of them; see buckets.py
+    decrees: bytes = bytes(DECREE_ID_BYTES)  # `Decrees.hash`
+
+
+@dataclass(frozen=True, slots=True)
+class Proclaim:
+    """A decree, as its authority signed it; a rumour is passed on, a repair is passed on when it is news."""
+
+    raw: bytes
+    rumour: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DecreesHeld:
+    """The decrees I hold with low <= id <= high: tell me the others."""
+
+    low: bytes  # 8 bytes
+    high: bytes
+    ids: tuple[bytes, ...]  # sorted
+    answer: bool  # list yours, if I hold some that you lack
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,11 +251,13 @@ Message: TypeAlias = (
     | SoftStill
     | Interest
     | Summary
+    | Proclaim
+    | DecreesHeld
 )
 
 _PING, _ACK, _PING_REQUEST, _NACK, _CLAIM, _RECORD = 1, 2, 3, 4, 5, 6
 _DIGEST, _VIEW, _JOIN, _JOIN_ANSWER, _JOIN_LATER, _SOFT, _PULL = 7, 8, 9, 10, 11, 12, 13
-_SOFT_STILL, _INTEREST, _SUMMARY = 14, 15, 16
+_SOFT_STILL, _INTEREST, _SUMMARY, _PROCLAIM, _DECREES_HELD = 14, 15, 16, 17, 18
 
 
 def encode(message: Message) -> bytes:
@@ -274,8 +296,12 @@ def encode(message: Message) -> bytes:
             return pack((_SOFT_STILL, sequence, round(age_s * 1000)))
         case Interest(for_s):
             return pack((_INTEREST, for_s))
-        case Summary(hashes):
-            return pack((_SUMMARY, pack_hashes(hashes)))
+        case Summary(hashes, decrees):
+            return pack((_SUMMARY, pack_hashes(hashes), decrees if any(decrees) else None))
+        case Proclaim(raw, rumour):
+            return pack((_PROCLAIM, raw, rumour))
+        case DecreesHeld(first, last, ids, answer):
+            return pack((_DECREES_HELD, first, last, b"".join(ids), answer))
         case _:
             assert_never(message)
 
@@ -366,8 +392,19 @@ def _decode_message(item: object) -> Message:
             return SoftStill(_count(sequence), unpack_age_s(age_ms))
         case [15, for_s]:
             return Interest(_seconds(for_s))
-        case [16, hashes]:
-            return Summary(unpack_hashes(hashes))
+        case [16, hashes, decrees]:
+            told = (
+                bytes(DECREE_ID_BYTES)
+                if decrees is None
+                else _bytes(decrees, DECREE_ID_BYTES, "a hash of decrees")
+            )
+            return Summary(unpack_hashes(hashes), told)
+        case [17, raw, rumour]:
+            if not isinstance(raw, bytes) or len(raw) > DECREE_BYTES_MAX:
+                raise CodecError("a decree is not a short string of bytes")
+            return Proclaim(raw, _flag(rumour))
+        case [18, first_id, last_id, ids, answer]:
+            return _decrees_held(first_id, last_id, ids, answer)
         case _:
             raise CodecError("an unknown kind of message, or the wrong number of fields")
 
@@ -425,6 +462,16 @@ def _range(low: object, high: object, nodes: Sequence[NodeId]) -> tuple[NodeId, 
     if first > last or any(not first <= node <= last for node in nodes):
         raise CodecError("lines lie outside of their range")
     return first, last
+
+
+def _decrees_held(low: object, high: object, ids: object, answer: object) -> DecreesHeld:
+    first, last = _bytes(low, DECREE_ID_BYTES, "an id"), _bytes(high, DECREE_ID_BYTES, "an id")
+    if not isinstance(ids, bytes) or len(ids) > DECREES_MAX * DECREE_ID_BYTES:
+        raise CodecError("the ids of decrees are not a string of bytes")
+    listed = tuple(ids[at : at + DECREE_ID_BYTES] for at in range(0, len(ids), DECREE_ID_BYTES))
+    if len(ids) % DECREE_ID_BYTES or any(not first <= one <= last for one in listed):
+        raise CodecError("ids of decrees lie outside of their range")
+    return DecreesHeld(first, last, listed, _flag(answer))
 
 
 def _list(item: object, what: str, limit: int) -> list[object]:

@@ -22,6 +22,7 @@ from typing import Protocol, assert_never
 import trio
 import trio.lowlevel
 
+from meshd.core.allowance import Allowance
 from meshd.core.effects import (
     Address,
     Effect,
@@ -36,7 +37,7 @@ from meshd.core.effects import (
 from meshd.core.events import Event
 from meshd.core.frames import FrameTooLarge
 from meshd.core.node import NodeCore
-from meshd.core.sealing import Dropped, Opener, Sealer
+from meshd.core.sealing import Dropped, DropReason, Opener, Sealer
 from meshd.shell.contacts import Contacts
 from meshd.shell.stream_errors import StreamError
 from meshd_cms import NodeId
@@ -47,6 +48,7 @@ DATAGRAMS_PER_TURN_MAX = 512  # then timers and commands get their turn, whateve
 TURNS_BEHIND_MAX = 8  # a flood may delay timers by this many turns, not stop them
 STREAM_TASKS_MAX = 64
 STREAM_DEADLINE_S = 5.0
+UNSEALED_PER_S = 4.0  # sources of datagrams under unknown keys that are told of
 RECEIVE_BUFFER_BYTES = 1 << 20
 _IP_RECVERR = 11  # linux/in.h; Python 3.11's socket module lacks it
 _IPV6_RECVERR = 25  # linux/in6.h
@@ -131,6 +133,8 @@ class GossipDriver:
         streams: the stream lane.
         witness: the witness streams.
         notify: called in the driver's task for each event; it must not block.
+        unsealed: called with the source of a datagram of our mesh that opens under none of our keys, a few
+            times a second at most: one of us two may have missed a new key. It must not block.
         log: bound logger.
     """
 
@@ -145,6 +149,7 @@ class GossipDriver:
         witness: Witnessing,
         notify: Callable[[Event], None],
         log: Logger,
+        unsealed: Callable[[Address], None] = lambda _source: None,
     ) -> None:
         self.core = core
         self._raw = raw
@@ -153,6 +158,8 @@ class GossipDriver:
         self._streams = streams
         self._witness = witness
         self._notify = notify
+        self._unsealed = unsealed
+        self._unsealed_left = Allowance(UNSEALED_PER_S, UNSEALED_PER_S)
         self._log = log
         self._commands: deque[Command] = deque()
         self._wake: trio.CancelScope | None = None
@@ -238,7 +245,7 @@ class GossipDriver:
             now_s = trio.current_time()
             opened = self._opener.open(datagram, now_s)
             if isinstance(opened, Dropped):
-                self.contacts.dropped(opened.reason, (source[0], source[1]), now_s)
+                self._dropped(opened.reason, (source[0], source[1]), now_s)
                 continue  # the opener counts it by reason
             if opened.is_old_epoch:
                 told = self.core.old_epoch(
@@ -257,6 +264,11 @@ class GossipDriver:
             )
             self._execute(effects, nursery)
         return False
+
+    def _dropped(self, reason: DropReason, source: Address, now_s: float) -> None:
+        self.contacts.dropped(reason, source, now_s)
+        if reason is DropReason.BAD_SEAL and self._unsealed_left.take(now_s):
+            self._unsealed(source)
 
     def _drain_errors(self, nursery: trio.Nursery) -> None:
         self._has_errors = False
