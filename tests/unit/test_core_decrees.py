@@ -12,7 +12,6 @@ from tests.unit.support_core import (
     ME_ADDRESS,
     Bench,
     address,
-    bench,
     claim,
     events_in,
     messages_in,
@@ -226,30 +225,6 @@ def test_forged_decrees_cost_their_teller_and_few_are_looked_at() -> None:
     assert len(looked_at) == 5
     assert node.core.offences()[node_id(1)]["decree_rejected"] == 5
     assert events_in(node.tell([Proclaim(revocation(FOUNDER, node_id(9)), rumour=True)], peer=2))
-
-
-def test_records_with_bad_signatures_cost_their_teller_and_few_are_looked_at() -> None:
-    node = bench()
-    node.meet(1, 2)
-    theirs = store(5, verify=lambda *_: True)
-    for number in range(200):
-        delta = theirs.set("key", number)
-        assert delta is not None
-        forged = type(delta)(
-            delta.owner, delta.epoch, delta.since, delta.until, delta.entries,
-            type(delta.head)(
-                delta.head.owner, delta.head.epoch, delta.head.max_version, delta.head.floor,
-                delta.head.live_digest, delta.head.public_key, bytes(64),
-            ),
-        )  # fmt: skip
-        node.tell([Record(forged, rumour=True)])
-    counted = node.core.statistics()
-    assert counted["record_rejected_bad_head_signature"] == 20
-    assert counted["record_unverified"] == 180
-    good = store(6).set("key", 1)
-    assert good is not None
-    node.tell([Record(over_the_wire(good), rumour=True)], peer=2)
-    assert node.core.statistics()["records_applied"] == 1
 
 
 def test_what_was_missed_is_found_by_comparing() -> None:

@@ -38,6 +38,11 @@ class Allowance:
         self._left -= amount
         return True
 
+    def owe(self, now_s: float, amount: float) -> None:
+        """Take so much though it may not be there: nothing is left until the debt is paid."""
+        self.left(now_s)
+        self._left -= amount
+
 
 class Allowances:
     """A bucket for each node; the one not asked for longest is forgotten above `nodes_max`."""

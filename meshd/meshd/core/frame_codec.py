@@ -15,6 +15,7 @@ from typing import Any, Final, TypeGuard, cast
 import msgpack
 
 from meshd.core.frames import (
+    CLOCK_MAX_S,
     FRAME_BYTES_MAX,
     FRAME_BYTES_MIN,
     PROTOCOL_VERSION,
@@ -95,13 +96,15 @@ def _fields(frame: Frame) -> tuple[object, ...]:
             return (10, 0, payload)
         case Goaway(reason):
             return (11, 0, _clip(reason))
-        case Hello(mesh, node, epoch, frame_bytes_max, window_bytes, version):
-            return (0, 0, version, mesh, node, epoch, frame_bytes_max, window_bytes)
+        case Hello(mesh, node, epoch, frame_bytes_max, window_bytes, clock_s, version):
+            clock_s = float(clock_s)
+            return (0, 0, version, mesh, node, epoch, frame_bytes_max, window_bytes, clock_s)
 
 
 def _header_fields(header: CallHeader) -> tuple[object, ...]:
     texts = (header.request_id, header.name, header.capability_id, header.operation, header.trace)
-    if max(len(text) for text in (*texts, header.idempotency_id)) > _TEXT_BYTES_MAX:
+    more = (header.idempotency_id, header.principal, header.passport, header.caller)
+    if max(len(text) for text in (*texts, *more)) > _TEXT_BYTES_MAX:
         raise UnsendableError(f"a text of the call's header exceeds {_TEXT_BYTES_MAX} characters")
     if not (
         0 <= header.remaining_s < math.inf and 0 <= header.hops < 256 and 0 <= header.privacy < 256
@@ -113,6 +116,8 @@ def _header_fields(header: CallHeader) -> tuple[object, ...]:
         header.capability_id,
         header.operation,
         header.caller,
+        header.principal,
+        header.passport,
         header.privacy,
         header.trace,
         float(header.remaining_s),
@@ -218,6 +223,13 @@ def _octets(value: Any, what: str, length: int | None = None) -> bytes:
     return value
 
 
+def _short_octets(value: Any, what: str) -> bytes:
+    octets = _octets(value, what)
+    if len(octets) > _TEXT_BYTES_MAX:
+        raise _bad(f"{what} is longer than {_TEXT_BYTES_MAX} bytes")
+    return octets
+
+
 _SCALARS: Final = frozenset({type(None), bool, int, float, str, bytes})
 
 
@@ -248,8 +260,11 @@ def _decode_hello(items: list[Any]) -> Hello:
     version = _number(items[2], "the version")
     if version != PROTOCOL_VERSION:
         raise VersionMismatch(PROTOCOL_VERSION, version)
-    if len(items) != 8:
-        raise _bad(f"HELLO has {len(items)} fields, not 8")
+    if len(items) != 9:
+        raise _bad(f"HELLO has {len(items)} fields, not 9")
+    clock_s = items[8]
+    if type(clock_s) is not float or not 0.0 <= clock_s <= CLOCK_MAX_S:
+        raise _bad("the clock is not a number of seconds since 1970")
     return Hello(
         version=version,
         mesh=MeshId(_octets(items[3], "the mesh", _ID_BYTES)),
@@ -257,13 +272,14 @@ def _decode_hello(items: list[Any]) -> Hello:
         epoch=Epoch(_number(items[5], "the epoch", least=1)),
         frame_bytes_max=_number(items[6], "frame_bytes_max", least=FRAME_BYTES_MIN),
         window_bytes=_number(items[7], "window_bytes", least=1),
+        clock_s=clock_s,
     )
 
 
 def _decode_header(value: Any) -> CallHeader:
-    if not _is_list(value) or len(value) != 10:
-        raise _bad("the header of CALL is not an array of 10")
-    remaining = value[7]
+    if not _is_list(value) or len(value) != 12:
+        raise _bad("the header of CALL is not an array of 12")
+    remaining = value[9]
     if type(remaining) not in (int, float) or not 0 <= remaining < math.inf:
         raise _bad("remaining_s is not a duration")
     return CallHeader(
@@ -271,12 +287,14 @@ def _decode_header(value: Any) -> CallHeader:
         name=_text(value[1], "name"),
         capability_id=_text(value[2], "capability_id"),
         operation=_text(value[3], "operation"),
-        caller=_octets(value[4], "caller"),
-        privacy=_number(value[5], "privacy", most=255),
-        trace=_text(value[6], "trace"),
+        caller=_short_octets(value[4], "caller"),
+        principal=_text(value[5], "principal"),
+        passport=_short_octets(value[6], "passport"),
+        privacy=_number(value[7], "privacy", most=255),
+        trace=_text(value[8], "trace"),
         remaining_s=float(remaining),
-        hops=_number(value[8], "hops", most=255),
-        idempotency_id=_text(value[9], "idempotency_id"),
+        hops=_number(value[10], "hops", most=255),
+        idempotency_id=_text(value[11], "idempotency_id"),
     )
 
 

@@ -19,6 +19,8 @@ FRAME_BYTES_MIN: Final = 4096
 """What a peer may not bound frames below: every frame but CALL, CHUNK, END and GOSSIP fits."""
 WINDOW_BYTES: Final = 256 * 1024
 """Default credit of a call at its start."""
+CLOCK_MAX_S: Final = 2.0**40
+"""No wall clock shows more seconds since 1970."""
 
 
 class FrameType(IntEnum):
@@ -102,7 +104,9 @@ class CallHeader:
     name: str  # the semantic name that was asked for
     capability_id: str  # the capability the caller chose on this peer
     operation: str
-    caller: bytes = b""  # node id of the entry node
+    caller: bytes = b""  # id of the node where it was asked; empty: of the sender
+    principal: str = ""  # who asked there
+    passport: bytes = b""  # the word of that node for all this: for whoever gets it from another
     privacy: int = 2  # `meshd_plugins.api.Privacy`
     trace: str = ""  # W3C traceparent
     remaining_s: float = 60.0  # what is left of the deadline when this was sent; finite, >= 0
@@ -119,6 +123,7 @@ class Hello:
     epoch: Epoch
     frame_bytes_max: int = FRAME_BYTES_MAX  # the peer may send no larger frame
     window_bytes: int = WINDOW_BYTES  # credit of each call that this end opens, when it opens it
+    clock_s: float = 0.0  # what this end's wall clock shows, seconds since 1970
     version: int = PROTOCOL_VERSION
 
 

@@ -169,7 +169,7 @@ class Mux:
     """One end of one connection.
 
     `peer` is the node the certificate named: HELLO must agree. The dialer's call ids are odd, the
-    acceptor's even. HELLO is queued at once; take it with `take_outgoing`.
+    acceptor's even. HELLO is queued at once, with our wall clock (`clock_s`); take it with `take_outgoing`.
     """
 
     def __init__(
@@ -181,6 +181,7 @@ class Mux:
         peer: NodeId,
         *,
         dialer: bool,
+        clock_s: float = 0.0,
     ) -> None:
         self._config = config
         self._mesh = mesh
@@ -198,7 +199,7 @@ class Mux:
         self.phase = Phase.GREETING
         self.goaway_sent = False
         self.goaway_received: str | None = None
-        self._send(Hello(mesh, me, epoch, config.frame_bytes_max, config.window_bytes))
+        self._send(Hello(mesh, me, epoch, config.frame_bytes_max, config.window_bytes, clock_s))
 
     # What there is to know
 

@@ -261,7 +261,7 @@ class NodeCore:
                 return context.take_effects()
             context.heard_s = context.now_s
             if self._claims.on_sender(peer, sender, sender_epoch, messages):
-                self._dispatch(messages, sender, sender_epoch, peer)
+                self._dispatch(messages, sender, sender_epoch, peer, lane)
         return context.take_effects()
 
     def old_epoch(
@@ -405,7 +405,12 @@ class NodeCore:
         return messages
 
     def _dispatch(
-        self, messages: tuple[Message, ...], sender: NodeId, sender_epoch: int, peer: Peer
+        self,
+        messages: tuple[Message, ...],
+        sender: NodeId,
+        sender_epoch: int,
+        peer: Peer,
+        lane: Lane,
     ) -> None:
         pinged = False
         for message in messages:
@@ -425,7 +430,8 @@ class NodeCore:
                 case Claim():
                     self._claims.on_claim(message, sender, peer)
                 case Record():
-                    self._repair.on_record(message, sender, peer)
+                    if not self._repair.on_record(message, sender, peer, lane):
+                        return
                 case Digest():
                     self._repair.on_digest(message, peer)
                 case View():

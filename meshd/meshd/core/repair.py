@@ -25,8 +25,7 @@ Counted: `hash_mismatches` (heartbeats that differ from ours at rest), `hash_rep
 exchange begun), `hash_mismatches_passed` (those that news explained), `exchanges` (begun, for any reason),
 `summaries_equal` and `summaries_different` (received), `answers_excess` (see answers.py),
 `pulls`, `pull_overflow`, `records_applied`, `records_repaired`, `records_parked`, `record_ghost`,
-`record_rejected_<reason>`, `record_revoked` (of an owner that is out), `record_unverified` (from who sent too many
-with bad signatures: what an honest node sends comes from others, too).
+`record_rejected_<reason>`, `record_revoked` (of an owner that is out).
 """
 
 from __future__ import annotations
@@ -35,17 +34,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, assert_never
 
-from meshd.core.allowance import Allowances
 from meshd.core.answers import Answers
 from meshd.core.buckets import FIRST_ID, LAST_ID, Tokens, buckets_for
 from meshd.core.context import Context, Peer
 from meshd.core.dissemination import Rumours
+from meshd.core.effects import Lane
 from meshd.core.events import RecordChanged
 from meshd.core.membership import Member, Update
 from meshd.core.newcomers import Newcomers, nothing_of, send_pulls
 from meshd.core.offences import Offence
 from meshd.core.tables import Tables, differing
 from meshd.core.timers import Timer
+from meshd.core.verifying import Verifying
 from meshd.core.wire import (
     Digest,
     Heartbeat,
@@ -74,8 +74,6 @@ _ENVELOPE_BYTES: Final = 64  # of a table or records beside their lines, at most
 _RECORD_BYTES: Final = 16  # of a record message beside its delta, with the envelope
 _STREAMED_OWNERS_MAX: Final = 8  # who asks for more owners' records asks again for what is left
 _CONFIRM_SHARE: Final = 0.375  # of hash_settle_s: what a rumour under way may still take, and more
-_UNSIGNED_PER_S: Final = 5.0  # records of one teller that are found not to be their owner's
-_UNSIGNED_BURST: Final = 20.0
 _PULLS_UNFOUNDED: Final = 8  # of one announced version in vain: more than loss explains
 _SENDERS_FAULT: Final = (
     RejectReason.MALFORMED,
@@ -130,7 +128,7 @@ class Repair:
         self._doubt: _Doubt | None = None
         self._exchanged_s = float("-inf")
         self._answers = answers
-        self._unsigned = Allowances(_UNSIGNED_PER_S, _UNSIGNED_BURST, context.config.members_max)
+        self._verifying = Verifying(context)
         self._newcomers = Newcomers(context, self.exchange)
         self._tokens = Tokens()
         self._in_vain: dict[
@@ -215,23 +213,26 @@ class Repair:
 
     # -- records ----------------------------------------------------------------------------------------
 
-    def on_record(self, record: Record, sender: NodeId, peer: Peer) -> None:
-        """Hand a delta to the store, and do what its verdict asks for."""
+    def on_record(self, record: Record, sender: NodeId, peer: Peer, lane: Lane) -> bool:
+        """Hand a delta to the store, and do what its verdict asks for.
+
+        Returns False when its sender is at fault: the rest of what it sent is better left alone.
+        """
         context, delta = self._context, record.delta
         if context.decrees.is_revoked(delta.owner):
             context.count("record_revoked")
-            return
-        if self._unsigned.of(sender).left(context.now_s) < 1.0:
-            context.count("record_unverified")
-            return
+            return True
         if self._is_ghost(delta.owner, delta.epoch):
             context.count("record_ghost")
-            return
+            return True
+        if not self._verifying.may_check(delta, sender, lane):
+            return True
         result = context.store.apply(delta, context.now_s)
         match result:
             case Applied(owner, changed_keys, reset):
                 context.touch()
                 context.count("records_applied")
+                self._verifying.applied(delta)
                 if changed_keys or reset:
                     context.notify(RecordChanged(owner, changed_keys, reset))
                 if record.rumour:
@@ -247,12 +248,14 @@ class Repair:
             case Rejected(_, reason):
                 context.count(f"record_rejected_{reason.value}")
                 if reason in _SENDERS_FAULT:
-                    self._unsigned.of(sender).take(context.now_s)
+                    self._verifying.failed(delta, sender, lane)
                     context.offend(sender, Offence.RECORD_REJECTED)
+                    return False
             case OwnEpochSeen(epoch):
                 self._own_epoch_seen(epoch)
             case _:
                 assert_never(result)
+        return True
 
     # -- heartbeats -------------------------------------------------------------------------------------
 
