@@ -16,11 +16,12 @@ from tests.unit.support_cms import real_signer
 from tests.unit.support_storage import HONEST, STATE, Disk, PowerCut, Survival, storage_on
 
 from meshd.core.effects import Address
+from meshd.core.sealing import Floor
 from meshd.shell.envelope import enclose
-from meshd.shell.keeper import StateKeeper, load_store
+from meshd.shell.keeper import WINDOWS_EVERY_S, StateKeeper, load_store
 from meshd.shell.storage import FORMAT, Storage
 from meshd.trust.identity import Identity, init_mesh
-from meshd_cms import Epoch, Store, StoreConfig
+from meshd_cms import Epoch, NodeId, Store, StoreConfig
 from meshd_cms.snapshot import pack_snapshot, unpack_snapshot
 from meshd_cms.types import Applied, Delta, Version
 
@@ -80,12 +81,14 @@ class Node:
         self.storage.report_to(self.log)
         self.store = an_empty_store(identity, self.storage.next_epoch(now_ms=CLOCK_MS))
         self.peers: tuple[Address, ...] = ()
+        self.floors: tuple[Floor, ...] = ()
         self.keeper = StateKeeper(
             self.storage,
             self.store,
             lambda: self.peers,
             interval_s=INTERVAL_S,
             peers_max=3,
+            floors=lambda: self.floors,
             run=inline,
         )
         self.disk.puts.clear()
@@ -150,6 +153,26 @@ def test_a_busy_mesh_writes_once_an_interval(identity: Identity) -> None:
         assert len(at_s) == 20
         gaps_s = [later - earlier for earlier, later in pairwise(at_s)]
         assert min(gaps_s) >= INTERVAL_S - 0.001
+
+
+def test_replay_floors_are_written_beside_other_things_at_the_end_and_seldom(
+    identity: Identity,
+) -> None:
+    node, peer = made(identity, TimedDisk()), Peer(identity)
+    node.floors = (Floor(NodeId(b"a" * 16), Epoch(7), 3),)
+
+    async def lives() -> None:
+        node.hear(peer.news())
+        await trio.sleep(20 * WINDOWS_EVERY_S)
+        node.floors = (Floor(NodeId(b"a" * 16), Epoch(7), 9),)
+        await node.keeper.save(last=True)
+        await trio.sleep(1.0)
+
+    run_for(20 * WINDOWS_EVERY_S + 2.0, lives, node)
+    at_s = [at_s for at_s, put in node.disk.puts if put == "windows"]
+    assert at_s[0] == next(at_s for at_s, put in node.disk.puts if put == "store.snapshot")
+    assert 15 <= len(at_s) <= 22
+    assert storage_on(node.disk).load_windows() == node.floors
 
 
 def test_peers_to_try_first_are_bounded_and_outlive_those_who_are_gone(identity: Identity) -> None:

@@ -248,6 +248,20 @@ def test_a_key_that_is_gone_opens_nothing_and_its_senders_keep_their_windows() -
     assert bob.open(late, 0.0) == dropped(DropReason.REPLAYED)
 
 
+def test_what_was_opened_before_a_restart_does_not_open_again() -> None:
+    alice, before = sealer(), opener()
+    old = [alice.seal(b"%d" % number) for number in range(5)]
+    held_back = old.pop(1)  # it was lost on its way
+    assert all(isinstance(before.open(one, 0.0), Opened) for one in old)
+    after = opener()
+    after.restore(before.floors())
+    for one in (*old, held_back):
+        assert after.open(one, 0.0) == dropped(DropReason.REPLAYED)
+    assert after.open(alice.seal(b"new"), 0.0) == Opened(ALICE, EPOCH, b"new")
+    assert after.open(sealer(Epoch(EPOCH - 1)).seal(b"ghost")) == dropped(DropReason.OLD_EPOCH)
+    assert isinstance(after.open(sealer(Epoch(EPOCH + 1)).seal(b"next"), 0.0), Opened)
+
+
 def test_the_least_recently_heard_sender_is_forgotten_first() -> None:
     bob = opener(senders_max=2)
     names = [NodeId(bytes([index]) * 16) for index in range(3)]

@@ -14,13 +14,29 @@ from tests.shell.support_log import KeptLog
 from tests.unit.support_storage import Disk, storage_on
 
 from meshd.core.effects import Address
+from meshd.core.sealing import Floor
 from meshd.shell.envelope import enclose
-from meshd.shell.storage import ASIDE_MAX, EPOCH_MARGIN, PEERS_MAX, Storage, StorageError
-from meshd_cms import Epoch
+from meshd.shell.storage import (
+    ASIDE_MAX,
+    EPOCH_MARGIN,
+    PEERS_MAX,
+    WINDOWS_MAX,
+    Storage,
+    StorageError,
+)
+from meshd_cms import Epoch, NodeId
 from meshd_cms.types import COUNTER_MAX
 
-FILES = ("epoch", "epoch.copy", "store.snapshot", "peers")
+KINDS = {
+    "epoch": "epoch",
+    "epoch.copy": "epoch",
+    "store.snapshot": "store",
+    "peers": "peers",
+    "windows": "windows",
+}
+FILES = tuple(KINDS)
 PEERS: tuple[Address, ...] = (("10.0.0.1", 7946),)
+FLOORS = (Floor(NodeId(b"a" * 16), Epoch(2**48 - 1), 7), Floor(NodeId(b"b" * 16), Epoch(1), 2**40))
 
 
 def lived(folder: Path) -> Storage:
@@ -29,6 +45,7 @@ def lived(folder: Path) -> Storage:
     assert storage.next_epoch(now_ms=5_000) == 5_000
     assert storage.save_snapshot(b"content")
     assert storage.save_peers(PEERS)
+    assert storage.save_windows(FLOORS)
     return storage
 
 
@@ -38,6 +55,7 @@ def start(folder: Path, log: KeptLog | None = None) -> tuple[Epoch, bytes | None
     storage.report_to(KeptLog() if log is None else log)
     peers = storage.load_peers()
     assert peers in (PEERS, ())
+    assert storage.load_windows() in (FLOORS, ())
     epoch = storage.next_epoch(now_ms=1)
     snapshot = storage.load_snapshot()
     assert snapshot in (b"content", None)
@@ -64,9 +82,18 @@ def test_files_are_replaced_whole_and_nothing_is_left_beside_them(tmp_path: Path
     assert storage.load_snapshot() == b"two"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in tmp_path.iterdir())
-    assert storage.statistics.writes == 5
+    assert storage.statistics.writes == 6
     written = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert storage.statistics.bytes_written == written + len(enclose("store", 1, b"content"))
+
+
+def test_replay_floors_come_back_bounded(tmp_path: Path) -> None:
+    assert lived(tmp_path).load_windows() == FLOORS
+    many = tuple(
+        Floor(NodeId(number.to_bytes(16, "big")), Epoch(1), number) for number in range(5_000)
+    )
+    assert Storage(tmp_path).save_windows(many)
+    assert Storage(tmp_path).load_windows() == many[-WINDOWS_MAX:]
 
 
 def test_peers_come_back_bounded(tmp_path: Path) -> None:
@@ -141,8 +168,7 @@ def another_kind(path: Path) -> None:
 
 
 def another_format(path: Path) -> None:
-    kind = {"epoch": "epoch", "epoch.copy": "epoch", "peers": "peers"}.get(path.name, "store")
-    path.write_bytes(enclose(kind, 2, b"9999999999999"))
+    path.write_bytes(enclose(KINDS[path.name], 2, b"9999999999999"))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -233,12 +259,13 @@ def test_the_last_epoch_there_is_says_what_to_do() -> None:
 def test_any_bytes_in_any_file_start_the_node(
     noise: bytes, names: set[str], enclosed: bool
 ) -> None:
-    kinds = {"epoch": "epoch", "epoch.copy": "epoch", "store.snapshot": "store", "peers": "peers"}
-    files = {name: enclose(kinds[name], 1, noise) if enclosed else noise for name in names}
+    files = {name: enclose(KINDS[name], 1, noise) if enclosed else noise for name in names}
     storage = storage_on(Disk(dict[str, bytes | None](files)))
     peers = storage.load_peers()
     assert {type(host) for host, _ in peers} <= {str}
     assert all(0 < port < 65_536 for _, port in peers)
+    floors = storage.load_windows()
+    assert len(floors) <= len(noise) // 28
     storage.load_snapshot()
     assert storage.next_epoch(now_ms=3) >= 3
 

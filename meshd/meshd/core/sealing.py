@@ -27,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -85,6 +85,15 @@ class CounterExhausted(SealingError):
     """The counter of this epoch would wrap; sealing again would reuse a nonce."""
 
     code = "counter_exhausted"
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """How far a sender was heard: what it sealed up to there does not open again."""
+
+    sender: NodeId
+    epoch: Epoch
+    counter: int
 
 
 class DropReason(StrEnum):
@@ -207,9 +216,9 @@ class Opener:
     """Opens what other members sealed.
 
     `keys` are the mesh datagram keys in force, the current one first; there is more than one only while
-    keys rotate. Memory: at most `senders_max` senders of about 400 bytes each. A sender forgotten for
-    that bound, or by a restart of this process, could have its datagrams of the newest epoch replayed
-    once; the protocols inside bear duplicates.
+    keys rotate. Memory: at most `senders_max` senders of about 400 bytes each. How far each was heard survives
+    a restart if it is kept (`floors`, `restore`). What was sealed after it was last kept, before a crash, or by
+    a sender forgotten for that bound, could be replayed once; the protocols inside bear duplicates.
     """
 
     def __init__(
@@ -254,6 +263,20 @@ class Opener:
             case DropReason():
                 self._drops[outcome] += 1
                 return Dropped(outcome)
+
+    def floors(self) -> tuple[Floor, ...]:
+        """How far each sender was heard, the one heard least recently first: for a disk."""
+        return tuple(
+            Floor(sender, known.epoch, known.highest) for sender, known in self._senders.items()
+        )
+
+    def restore(self, floors: Iterable[Floor]) -> None:
+        """Before anything was opened: what an earlier run of this process opened does not open again."""
+        for floor in floors:
+            window = _WINDOW_MASK
+            self._senders[floor.sender] = _Sender(floor.epoch, None, b"", floor.counter, window)
+        while len(self._senders) > self._senders_max:
+            self._senders.popitem(last=False)
 
     def statistics(self) -> Mapping[str, int]:
         """Counts since the start: `opened`, of them `opened_old_epoch`, and every `DropReason` by its value."""

@@ -10,11 +10,13 @@ from typing import TypeAlias
 import trio
 
 from meshd.core.effects import Address
+from meshd.core.sealing import Floor
 from meshd.shell.storage import Storage
 from meshd.trust.identity import Identity
 from meshd_cms import Epoch, SnapshotError, Store, StoreConfig
 from meshd_plugins.api import Logger
 
+WINDOWS_EVERY_S = 600.0
 SAVE_DEADLINE_S = 5.0  # a disk that hangs does not hold up the end of the daemon
 
 Run: TypeAlias = Callable[[Callable[[], bool]], Awaitable[bool]]
@@ -68,7 +70,8 @@ def _restored(snapshot: bytes, identity: Identity, epoch: Epoch) -> Store:
 class StateKeeper:
     """Writes the snapshot and the peers to try first, when they changed, at most once an interval.
 
-    What only ages (load, when a record was last confirmed) is in neither, so a quiet mesh writes nothing.
+    What only ages (load, when a record was last confirmed) is in neither. How far senders were heard changes
+    with each datagram: it is written beside other things, at the end, and otherwise every `WINDOWS_EVERY_S`.
 
     Args:
         storage: the state folder.
@@ -76,6 +79,7 @@ class StateKeeper:
         live_peers: addresses of the members that are alive now, without this node, in any order.
         interval_s: least time between two writes.
         peers_max: addresses that are remembered.
+        floors: how far each sender of datagrams was heard.
         run: where the calls to the storage, which block, are made.
     """
 
@@ -87,6 +91,7 @@ class StateKeeper:
         *,
         interval_s: float,
         peers_max: int,
+        floors: Callable[[], tuple[Floor, ...]] = tuple,
         run: Run = in_thread,
     ) -> None:
         self._storage = storage
@@ -94,7 +99,9 @@ class StateKeeper:
         self._live_peers = live_peers
         self._interval_s = interval_s
         self._peers_max = peers_max
+        self._floors = floors
         self._run = run
+        self._saved_floors_s = 0.0
         self._saved_snapshot = b""  # its digest
         self._saved_peers: tuple[Address, ...] = ()
 
@@ -104,8 +111,13 @@ class StateKeeper:
             await trio.sleep(self._interval_s)
             await self.save()
 
-    async def save(self) -> None:
-        """Write what changed since the last time; a disk that refuses is counted by the storage."""
+    async def save(self, *, last: bool = False) -> None:
+        """Write what changed since the last time; a disk that refuses is counted by the storage.
+
+        Args:
+            last: the daemon ends.
+        """
+        writes = self._storage.statistics.writes
         snapshot = self._store.snapshot()
         digest = hashlib.blake2b(snapshot, digest_size=16).digest()
         peers = tuple(sorted(self._live_peers())[: self._peers_max])
@@ -121,3 +133,10 @@ class StateKeeper:
                 write = partial(self._storage.save_peers, peers)
                 if await self._run(write):
                     self._saved_peers = peers
+            await self._save_floors(due=last or self._storage.statistics.writes > writes)
+
+    async def _save_floors(self, *, due: bool) -> None:
+        now_s, floors = trio.current_time(), self._floors()
+        if floors and (due or now_s - self._saved_floors_s >= WINDOWS_EVERY_S):
+            self._saved_floors_s = now_s
+            await self._run(partial(self._storage.save_windows, floors))

@@ -1,4 +1,4 @@
-"""What a node keeps on disk between two lives: its epoch, the store's snapshot, peers to try first.
+"""What a node keeps on disk between two lives: its epoch, the store's snapshot, peers to try first, replay floors.
 
 Invariant: a file is replaced as a whole or not at all (written beside, synced, renamed, folder synced), and
 says itself what it is, with a checksum (`meshd.shell.envelope`). A power cut leaves the old or the new
@@ -20,6 +20,7 @@ import errno
 import ipaddress
 import os
 import secrets
+import struct
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,15 +30,17 @@ from threading import Lock
 from typing import Final, cast
 
 from meshd.core.effects import Address
+from meshd.core.sealing import Floor
 from meshd.shell.envelope import Flaw, FlawedFile, disclose, enclose
 from meshd.shell.files import FileSystem, LocalFiles
-from meshd_cms import CodecError, Epoch
+from meshd_cms import CodecError, Epoch, NodeId
 from meshd_cms.packing import pack, unpack
 from meshd_cms.types import COUNTER_MAX
 from meshd_plugins.api import Logger
 
 FORMAT: Final = 1  # of every file below
 PEERS_MAX: Final = 4096
+WINDOWS_MAX: Final = 4096
 EPOCH_MARGIN: Final = 2**32
 """Milliseconds, 50 days. Two lives that cannot know of each other meet in one epoch once in so many pairs."""
 ASIDE_MAX: Final = 4
@@ -46,6 +49,7 @@ REPORTS_MAX: Final = 64
 """Reports held until there is a log."""
 
 _MIB: Final = 1 << 20
+_FLOOR: Final = struct.Struct(">16s6s6s")  # sender, epoch, counter
 _PASSING: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
 """Failures to read that say nothing about the file."""
 _IN_WORDS: Final[Mapping[int | None, str]] = {
@@ -68,6 +72,7 @@ EPOCH: Final = _File("epoch", "epoch", 4096)
 EPOCH_COPY: Final = _File("epoch.copy", "epoch", 4096)
 SNAPSHOT: Final = _File("store.snapshot", "store", 64 * _MIB + 4096)
 PEERS: Final = _File("peers", "peers", _MIB)
+WINDOWS: Final = _File("windows", "windows", _MIB)
 
 
 class _Nothing(Enum):
@@ -124,7 +129,7 @@ class Storage:
         self._log: Logger | None = None
         self._reports: list[tuple[str, dict[str, object]]] = []
         self._spoken = 0  # the highest epoch handed out or given to keep
-        self._busy = {kind: Lock() for kind in ("epoch", "store", "peers")}
+        self._busy = {kind: Lock() for kind in ("epoch", "store", "peers", "windows")}
         self.statistics = StorageStatistics()
         try:
             self._files.make_folder(folder)
@@ -272,6 +277,30 @@ class Storage:
     def save_peers(self, peers: tuple[Address, ...]) -> bool:
         """Replace the list of peers to try first; False when the disk refused."""
         return self._replace(PEERS, pack([list(peer) for peer in peers[:PEERS_MAX]]))
+
+    def load_windows(self) -> tuple[Floor, ...]:
+        """How far senders of datagrams were heard when this was last kept; at most `WINDOWS_MAX`."""
+        content = self._read(WINDOWS)
+        if not isinstance(content, bytes):
+            return ()
+        size = _FLOOR.size
+        if len(content) % size or len(content) > WINDOWS_MAX * size:
+            self._set_aside(WINDOWS, f"it is {Flaw.NOT_OURS.value}")
+            return ()
+        return tuple(
+            Floor(
+                NodeId(sender), Epoch(int.from_bytes(epoch, "big")), int.from_bytes(counter, "big")
+            )
+            for sender, epoch, counter in _FLOOR.iter_unpack(content)
+        )
+
+    def save_windows(self, floors: tuple[Floor, ...]) -> bool:
+        """Replace them, of the senders heard last; False when the disk refused."""
+        packed = b"".join(
+            _FLOOR.pack(one.sender, one.epoch.to_bytes(6, "big"), one.counter.to_bytes(6, "big"))
+            for one in floors[-WINDOWS_MAX:]
+        )
+        return self._replace(WINDOWS, packed)
 
     # -- files -------------------------------------------------------------------------------------------
 
