@@ -27,18 +27,20 @@ def pack(obj: object) -> bytes:
 def unpack(data: bytes) -> object:
     """The one object these bytes are the msgpack of; maps may only have text or bytes as keys.
 
-    No array or map in it has more than `ITEMS_MAX` items, and there are no extension types.
+    No array or map in it has more than `ITEMS_MAX` items, or more than there are bytes, and there are no
+    extension types.
 
     Raises:
         CodecError: they are not, or there is more than one; nothing else is raised on any bytes.
     """
+    items_max = min(ITEMS_MAX, len(data))
     try:
         found = _msgpack.unpackb(
             data,
             raw=False,
             strict_map_key=True,
-            max_array_len=ITEMS_MAX,
-            max_map_len=ITEMS_MAX,
+            max_array_len=items_max,
+            max_map_len=items_max,
             max_ext_len=0,
         )
         return cast("object", found)

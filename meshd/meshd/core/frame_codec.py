@@ -185,10 +185,12 @@ def _pack(fields: tuple[object, ...]) -> bytes:
 
 
 def _unpack(packed: bytes) -> object:
+    # Room for the items that a header announces is made before they are read: never for more than there are bytes.
+    items_max = min(_ARRAY_ITEMS_MAX, len(packed))
     return cast(
         "object",
         msgpack.unpackb(  # pyright: ignore[reportUnknownMemberType]
-            packed, max_array_len=_ARRAY_ITEMS_MAX, max_map_len=_ARRAY_ITEMS_MAX, max_ext_len=0
+            packed, max_array_len=items_max, max_map_len=items_max, max_ext_len=0
         ),
     )
 
