@@ -142,3 +142,33 @@ def test_an_owner_that_writes_too_fast_is_heard_at_a_bounded_rate() -> None:
     assert last is not None
     node.tell([Record(over_the_wire(last), rumour=False)])
     assert node.store.get(hot.owner, "key") == 1_999
+
+
+def test_what_only_the_digest_shows_to_be_wrong_is_paid_for_too() -> None:
+    node = attacked()
+    node.meet(1)
+    liar = store(5)
+    for number in range(ENTRIES):
+        liar.set(f"key-{number}", number)
+    delta = liar.delta_since(liar.owner, Version(0), 1 << 20)
+    assert delta is not None
+    left_out = Record(replace(delta, entries=delta.entries[1:]), rumour=True)
+    before = node.verify.checks
+    for _ in range(2_000):
+        node.tell([left_out])
+    assert node.core.statistics()["record_rejected_bad_live_digest"] > 10
+    assert node.verify.checks - before < 700
+
+
+def test_records_that_wait_for_others_are_paid_for() -> None:
+    node = attacked()
+    node.meet(1)
+    hot = store(5)
+    hot.set("key", 0)
+    before = node.verify.checks
+    for number in range(1, 2_000):
+        delta = hot.set("key", number)
+        assert delta is not None
+        if number > 1:  # one is missing, so all others wait
+            node.tell([Record(over_the_wire(delta), rumour=True)])
+    assert node.verify.checks - before < 700

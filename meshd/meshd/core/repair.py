@@ -83,6 +83,8 @@ _SENDERS_FAULT: Final = (
     RejectReason.TOO_MANY_ENTRIES,
 )
 """What no honest node passes on: it has checked the same before it took the record."""
+_UNCHECKED: Final = (RejectReason.STALE_EPOCH, RejectReason.TOO_MANY_OWNERS)
+"""What is refused before any signature is looked at, and happens among honest nodes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,11 +246,13 @@ class Repair:
                     self._rumours.heard(record, sender)
             case Parked(owner):
                 context.count("records_parked")
+                self._verifying.waits(sender, lane)
                 self._want(owner, _Wanted(peer, delta.epoch, delta.until))
             case Rejected(_, reason):
                 context.count(f"record_rejected_{reason.value}")
-                if reason in _SENDERS_FAULT:
+                if reason not in _UNCHECKED:  # it was checked in vain, whoever's fault that is
                     self._verifying.failed(delta, sender, lane)
+                if reason in _SENDERS_FAULT:
                     context.offend(sender, Offence.RECORD_REJECTED)
                     return False
             case OwnEpochSeen(epoch):

@@ -54,9 +54,14 @@ class Verifying:
         return True
 
     def failed(self, delta: Delta, sender: NodeId, lane: Lane) -> None:
-        """Its owner did not sign it."""
+        """It was checked in vain: its owner did not sign it, or it is not what its head says."""
         for account in self._accounts(sender, lane):
             account.owe(self._context.now_s, _checks_of(delta))
+
+    def waits(self, sender: NodeId, lane: Lane) -> None:
+        """Its head was good, and there is a gap before it."""
+        for account in self._accounts(sender, lane):
+            account.owe(self._context.now_s, 1)
 
     def applied(self, delta: Delta) -> None:
         """It was news, and good."""
