@@ -21,8 +21,8 @@ from tests.unit.support_decrees import decrees, generation, hash_verify_decree, 
 
 from meshd.core.config import lan
 from meshd.core.decrees import DECREES_MAX, Decree, DecreeKind, Decrees
-from meshd.core.effects import Unwatch
-from meshd.core.events import Decreed, MemberJoined, MemberRevoked, RecordChanged
+from meshd.core.effects import Lane, Unwatch
+from meshd.core.events import Decreed, DecreesPassedOver, MemberJoined, MemberRevoked, RecordChanged
 from meshd.core.membership import LocalNode, MemberState
 from meshd.core.node import NodeCore
 from meshd.core.wire import Claim, DecreesHeld, Proclaim, Record, Summary
@@ -225,6 +225,26 @@ def test_forged_decrees_cost_their_teller_and_few_are_looked_at() -> None:
     assert len(looked_at) == 5
     assert node.core.offences()[node_id(1)]["decree_rejected"] == 5
     assert events_in(node.tell([Proclaim(revocation(FOUNDER, node_id(9)), rumour=True)], peer=2))
+
+
+def test_forged_decrees_of_made_up_senders_share_a_bound_and_peers_are_to_be_asked_by_stream() -> (
+    None
+):
+    node = deciding()
+    node.meet(*range(1, 101))
+    passed_over = [
+        event
+        for number in range(1_000)
+        for event in events_in(
+            node.tell([Proclaim(b"forged %d" % number, rumour=True)], peer=1 + number % 100)
+        )
+    ]
+    assert passed_over == [DecreesPassedOver()]
+    assert node.core.statistics()["decrees_rejected"] <= 32
+    raw = revocation(FOUNDER, node_id(9))
+    assert not events_in(node.tell([Proclaim(raw, rumour=True)], peer=2))
+    told = events_in(node.tell([Proclaim(raw, rumour=True)], peer=2, lane=Lane.STREAM))
+    assert [event.decree.raw for event in told if isinstance(event, Decreed)] == [raw]
 
 
 def test_what_was_missed_is_found_by_comparing() -> None:

@@ -92,6 +92,11 @@ class Decreed:
 
 
 @dataclass(frozen=True, slots=True)
+class DecreesPassedOver:
+    """A decree may have been missed: too many bad ones came by datagram. Ask a peer by stream; told now and then."""
+
+
+@dataclass(frozen=True, slots=True)
 class AddressContested:
     """Two members claim one address. `holder` keeps it; `other` is suspected and has to show itself."""
 
@@ -162,6 +167,7 @@ MemberEvent: TypeAlias = (
 Event: TypeAlias = (
     MemberEvent
     | Decreed
+    | DecreesPassedOver
     | AddressContested
     | NameContested
     | RecordChanged

@@ -449,7 +449,7 @@ class NodeCore:
                     self._repair.on_summary(message, peer)
                     self._proclaiming.on_summary(message.decrees, peer)
                 case Proclaim(raw):
-                    if not self._proclaiming.take(raw, sender):
+                    if not self._proclaiming.take(raw, sender, lane):
                         return
                 case DecreesHeld():
                     self._proclaiming.on_held(message, peer)

@@ -4,8 +4,9 @@ Invariant: a decree is passed on only after its signature was found good, and ac
 depends on which decrees it was offered and not on their order (decrees.py), so nodes that compare ids end
 up with the same ones.
 
-A bad signature costs its teller: who has sent a few is not listened to for a moment, as far as decrees go. They
-are rare, so nothing is lost by that: an honest neighbour has the same ones.
+A bad signature costs its teller: who has sent a few is not listened to for a moment, as far as decrees go. On a
+datagram a member can write any sender, so all datagrams share a bound, too, and a flood can have good decrees
+passed over. Then peers are to be asked by stream, where nobody speaks for another.
 
 Counted: `decrees_taken`, `decrees_known`, `decrees_rejected` (bad signatures), `decrees_refused` (from who has
 sent too many of those), `decrees_void` (good, and overruled), `dropped_revoked` (payloads of nodes that are out),
@@ -17,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from meshd.core.allowance import Allowances
+from meshd.core.allowance import Allowance, Allowances
 from meshd.core.answers import Answers
 from meshd.core.context import Context, Peer
 from meshd.core.decrees import DECREE_ID_BYTES, DECREES_MAX
 from meshd.core.dissemination import Rumours
-from meshd.core.events import Decreed
+from meshd.core.effects import Lane
+from meshd.core.events import Decreed, DecreesPassedOver
 from meshd.core.offences import Offence
 from meshd.core.wire import DecreesHeld, Message, Proclaim
 from meshd_cms.types import NodeId
@@ -32,6 +34,9 @@ _LAST: Final = b"\xff" * DECREE_ID_BYTES
 _IDS_PER_MESSAGE: Final = 128  # a kilobyte of them
 _BAD_PER_S: Final = 1.0  # bad signatures of one teller that are looked at
 _BAD_BURST: Final = 5.0
+_ALL_BAD_PER_S: Final = 8.0  # of all datagrams
+_ALL_BAD_BURST: Final = 32.0
+_ASK_GAP_S: Final = 5.0  # between two times that peers are to be asked
 _TELL_PER_S: Final = 0.5  # times a node that is out is told so
 
 
@@ -57,25 +62,33 @@ class Proclaiming:
         self._answers = answers
         self._expel = expel
         members_max = context.config.members_max
-        self._bad = Allowances(_BAD_PER_S, _BAD_BURST, members_max)
+        self._all_bad = Allowance(_ALL_BAD_PER_S, _ALL_BAD_BURST)
+        self._bad_datagrams = Allowances(_BAD_PER_S, _BAD_BURST, members_max)
+        self._bad_streams = Allowances(_BAD_PER_S, _BAD_BURST, members_max)
+        self._asked_s = float("-inf")
         self._tell = Allowances(_TELL_PER_S, 1.0, members_max)
 
-    def take(self, raw: bytes, sender: NodeId | None) -> bool:
-        """A decree of ours, or one that somebody told us of; whether its signature is good."""
+    def take(self, raw: bytes, sender: NodeId | None, lane: Lane = Lane.STREAM) -> bool:
+        """A decree of ours (no sender), or one that somebody told us of; whether its signature is good."""
         context, decrees = self._context, self._context.decrees
         if decrees.holds(raw):
             context.count("decrees_known")
             if sender is not None:
                 self._rumours.heard(Proclaim(raw, rumour=True), sender)
             return True
-        if sender is not None and self._bad.of(sender).left(context.now_s) < 1.0:
+        accounts = () if sender is None else self._accounts(sender, lane)
+        if any(one.left(context.now_s) < 1.0 for one in accounts):
             context.count("decrees_refused")
+            if lane is Lane.DATAGRAM and context.now_s - self._asked_s >= _ASK_GAP_S:
+                self._asked_s = context.now_s
+                context.notify(DecreesPassedOver())
             return False
         decree = decrees.check(raw)
         if decree is None:
             context.count("decrees_rejected")
+            for one in accounts:
+                one.take(context.now_s)
             if sender is not None:
-                self._bad.of(sender).take(context.now_s)
                 context.offend(sender, Offence.DECREE_REJECTED)
             return False
         if not decrees.add(decree):
@@ -88,6 +101,11 @@ class Proclaiming:
             self._expel(node)
         context.notify(Decreed(decree))
         return True
+
+    def _accounts(self, sender: NodeId, lane: Lane) -> tuple[Allowance, ...]:
+        if lane is Lane.STREAM:
+            return (self._bad_streams.of(sender),)
+        return (self._all_bad, self._bad_datagrams.of(sender))
 
     def refuse(self, sender: NodeId, peer: Peer) -> None:
         """A node that is out speaks: nothing it says counts. Now and then it is told why."""

@@ -264,6 +264,11 @@ class Opener:
                 self._drops[outcome] += 1
                 return Dropped(outcome)
 
+    def key_of(self, sender: NodeId) -> bytes | None:
+        """The mesh key under which a node's latest datagram was sealed; None when none was opened."""
+        known = self._senders.get(sender)
+        return None if known is None else known.key
+
     def floors(self) -> tuple[Floor, ...]:
         """How far each sender was heard, the one heard least recently first: for a disk."""
         return tuple(
