@@ -159,12 +159,12 @@ def test_replay_floors_are_written_beside_other_things_at_the_end_and_seldom(
     identity: Identity,
 ) -> None:
     node, peer = made(identity, TimedDisk()), Peer(identity)
-    node.floors = (Floor(NodeId(b"a" * 16), Epoch(7), 3),)
+    node.floors = (Floor(b"k" * 8, NodeId(b"a" * 16), Epoch(7), 3),)
 
     async def lives() -> None:
         node.hear(peer.news())
         await trio.sleep(20 * WINDOWS_EVERY_S)
-        node.floors = (Floor(NodeId(b"a" * 16), Epoch(7), 9),)
+        node.floors = (Floor(b"k" * 8, NodeId(b"a" * 16), Epoch(7), 9),)
         await node.keeper.save(last=True)
         await trio.sleep(1.0)
 

@@ -36,7 +36,10 @@ KINDS = {
 }
 FILES = tuple(KINDS)
 PEERS: tuple[Address, ...] = (("10.0.0.1", 7946),)
-FLOORS = (Floor(NodeId(b"a" * 16), Epoch(2**48 - 1), 7), Floor(NodeId(b"b" * 16), Epoch(1), 2**40))
+FLOORS = (
+    Floor(b"k" * 8, NodeId(b"a" * 16), Epoch(2**48 - 1), 7),
+    Floor(b"k" * 8, NodeId(b"b" * 16), Epoch(1), 2**40),
+)
 
 
 def lived(folder: Path) -> Storage:
@@ -90,7 +93,8 @@ def test_files_are_replaced_whole_and_nothing_is_left_beside_them(tmp_path: Path
 def test_replay_floors_come_back_bounded(tmp_path: Path) -> None:
     assert lived(tmp_path).load_windows() == FLOORS
     many = tuple(
-        Floor(NodeId(number.to_bytes(16, "big")), Epoch(1), number) for number in range(5_000)
+        Floor(b"k" * 8, NodeId(number.to_bytes(16, "big")), Epoch(1), number)
+        for number in range(5_000)
     )
     assert Storage(tmp_path).save_windows(many)
     assert Storage(tmp_path).load_windows() == many[-WINDOWS_MAX:]
@@ -246,7 +250,7 @@ def test_files_set_aside_do_not_fill_the_disk(tmp_path: Path) -> None:
 
 def test_the_last_epoch_there_is_says_what_to_do() -> None:
     storage = storage_on(Disk({"epoch": enclose("epoch", 1, str(COUNTER_MAX).encode())}))
-    with pytest.raises(StorageError, match="meshd init --enrol"):
+    with pytest.raises(StorageError, match="meshd join TOKEN"):
         storage.next_epoch(now_ms=1)
 
 
@@ -265,7 +269,7 @@ def test_any_bytes_in_any_file_start_the_node(
     assert {type(host) for host, _ in peers} <= {str}
     assert all(0 < port < 65_536 for _, port in peers)
     floors = storage.load_windows()
-    assert len(floors) <= len(noise) // 28
+    assert len(floors) <= len(noise) // 36
     storage.load_snapshot()
     assert storage.next_epoch(now_ms=3) >= 3
 

@@ -45,6 +45,7 @@ FORMAT_ONE: Final = 2
 DATAGRAM_BYTES_MAX: Final = 1400
 """One sealed datagram: fits an Ethernet or Wi-Fi frame with room for IPv6 and a tunnel."""
 KEY_BYTES: Final = 32
+KEY_ID_BYTES: Final = 8
 COUNTER_MAX: Final = 2**48 - 1
 TAG_BYTES: Final = 4
 """Of the mesh tag, in a datagram: strangers' noise that passes it by chance costs one failed decryption."""
@@ -89,8 +90,9 @@ class CounterExhausted(SealingError):
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """How far a sender was heard: what it sealed up to there does not open again."""
+    """How far a sender was heard under a key: what it sealed up to there does not open again."""
 
+    key_id: bytes
     sender: NodeId
     epoch: Epoch
     counter: int
@@ -129,6 +131,11 @@ class Dropped:
 def mesh_tag(mesh: MeshId) -> bytes:
     """Eight bytes by which a mesh recognises its own without showing its id (for mDNS TXT)."""
     return hashlib.sha256(b"meshd mesh tag v1" + mesh).digest()[:8]
+
+
+def key_id(key: bytes) -> bytes:
+    """Eight bytes that tell a datagram key from others, and nothing else of it."""
+    return hashlib.blake2b(key, digest_size=KEY_ID_BYTES, person=b"meshd key id").digest()
 
 
 def _sender_aead(key: bytes, mesh: MeshId, sender: NodeId, epoch: int) -> ChaCha20Poly1305:
@@ -190,8 +197,7 @@ class _Sender:
     """What is known of one authenticated sender. `seen` bit i: counter `highest - i` was opened."""
 
     epoch: Epoch
-    aead: ChaCha20Poly1305 | None  # None: its key is not in force any more
-    key: bytes  # the mesh key that `aead` was derived from
+    aead: ChaCha20Poly1305
     highest: int = 0
     seen: int = 0
     old: Allowance = field(default_factory=lambda: Allowance(OLD_EPOCHS_PER_S, OLD_EPOCHS_PER_S))
@@ -212,40 +218,115 @@ class _Sender:
             self.seen |= 1 << -ahead
 
 
+class _UnderKey:
+    """Opens what was sealed under one key of the mesh, and remembers who was heard under it, and how far."""
+
+    def __init__(self, key: bytes, mesh: MeshId, me: NodeId, senders_max: int) -> None:
+        self.key = key
+        self.id = key_id(key)
+        self.senders: OrderedDict[NodeId, _Sender] = OrderedDict()
+        self._mesh = mesh
+        self._me = me
+        self._senders_max = senders_max
+
+    def open(
+        self, datagram: bytes, sender: NodeId, epoch: Epoch, counter: int, now_s: float | None
+    ) -> Opened | DropReason:
+        known = self.senders.get(sender)
+        if known is not None and epoch < known.epoch:
+            return self._open_old(datagram, sender, epoch, counter, known.old, now_s)
+        if known is not None and epoch == known.epoch:
+            if not known.is_fresh(counter):
+                return DropReason.REPLAYED
+            aead = known.aead
+        else:  # first contact, or a new epoch: remembered only on success
+            known, aead = None, _sender_aead(self.key, self._mesh, sender, epoch)
+        payload = self._decrypt(aead, counter, datagram)
+        if payload is None:
+            return DropReason.BAD_SEAL
+        if known is None:
+            known = self.senders[sender] = _Sender(epoch, aead)
+        known.mark(counter)
+        self.senders.move_to_end(sender)
+        if len(self.senders) > self._senders_max:
+            self.senders.popitem(last=False)
+        return Opened(sender, epoch, payload)
+
+    def restore(self, floor: Floor) -> None:
+        aead = _sender_aead(self.key, self._mesh, floor.sender, floor.epoch)
+        known = _Sender(floor.epoch, aead, floor.counter, _WINDOW_MASK)
+        self.senders[floor.sender] = known
+        if len(self.senders) > self._senders_max:
+            self.senders.popitem(last=False)
+
+    def _open_old(
+        self,
+        datagram: bytes,
+        sender: NodeId,
+        epoch: Epoch,
+        counter: int,
+        allowance: Allowance,
+        now_s: float | None,
+    ) -> Opened | DropReason:
+        """An earlier life speaks: whatever the outcome, nothing is remembered of it."""
+        if now_s is None or allowance.left(now_s) < 1.0:
+            return DropReason.OLD_EPOCH
+        aead = _sender_aead(self.key, self._mesh, sender, epoch)
+        payload = self._decrypt(aead, counter, datagram)
+        if payload is None:
+            return DropReason.BAD_SEAL
+        allowance.take(now_s)  # what a stranger made up costs the sender nothing
+        return Opened(sender, epoch, payload, is_old_epoch=True)
+
+    def _decrypt(self, aead: ChaCha20Poly1305, counter: int, datagram: bytes) -> bytes | None:
+        nonce = _NONCE_PREFIX + counter.to_bytes(_NUMBER_BYTES, "big")
+        header, sealed = datagram[: _HEADER.size], datagram[_HEADER.size :]
+        bound_to = self._me if header[0] == FORMAT_ONE else b""
+        try:
+            return aead.decrypt(nonce, sealed, header + bound_to)
+        except InvalidTag:
+            return None
+
+
 class Opener:
     """Opens what other members sealed.
 
     `keys` are the mesh datagram keys in force, the current one first; there is more than one only while
-    keys rotate. Memory: at most `senders_max` senders of about 400 bytes each. How far each was heard survives
-    a restart if it is kept (`floors`, `restore`). What was sealed after it was last kept, before a crash, or by
-    a sender forgotten for that bound, could be replayed once; the protocols inside bear duplicates.
+    keys rotate. Each has windows of its own: who spoils those of another, which any member can, spoils them
+    for one key, and the next one heals it. Memory: at most `senders_max` senders of about 400 bytes a key.
+
+    How far each was heard survives a restart if it is kept (`floors`, `restore`). What was sealed after it was
+    last kept, before a crash, or by a sender forgotten for that bound, could be replayed once; the protocols
+    inside bear duplicates.
     """
 
     def __init__(
         self, keys: Sequence[bytes], mesh: MeshId, me: NodeId, *, senders_max: int = SENDERS_MAX
     ) -> None:
-        assert keys
         assert senders_max >= 1
-        self._keys = tuple(keys)
         self._mesh = mesh
         self._me = me
         self._tag = mesh_tag(mesh)[:TAG_BYTES]
         self._senders_max = senders_max
-        self._senders: OrderedDict[NodeId, _Sender] = OrderedDict()
+        self._keys: tuple[_UnderKey, ...] = ()
+        self._last: dict[NodeId, _UnderKey] = {}  # under which key a sender was heard last
         self._opened = 0
         self._opened_old = 0
         self._drops: Counter[DropReason] = Counter()
+        self.use_keys(keys)
 
     def use_keys(self, keys: Sequence[bytes]) -> None:
         """Open under these keys of the mesh from now on, the current one first, and under no other.
 
-        Who was heard under a key that is gone stays remembered with its window: it goes on under another.
+        What was sealed under a key that is gone opens nowhere, so how far it was heard is forgotten with it.
         """
         assert keys
-        self._keys = tuple(keys)
-        for known in self._senders.values():
-            if known.key not in self._keys:
-                known.aead = None
+        held = {each.key: each for each in self._keys}
+        self._keys = tuple(
+            held.get(key) or _UnderKey(key, self._mesh, self._me, self._senders_max)
+            for key in dict.fromkeys(keys)
+        )
+        self._last = {node: each for node, each in self._last.items() if each in self._keys}
 
     def open(self, datagram: bytes, now_s: float | None = None) -> Opened | Dropped:
         """The payload, or why there is none. Never raises, whatever the bytes.
@@ -266,22 +347,26 @@ class Opener:
 
     def key_of(self, sender: NodeId) -> bytes | None:
         """The mesh key under which a node's latest datagram was sealed; None when none was opened."""
-        known = self._senders.get(sender)
-        return None if known is None else known.key
+        under = self._last.get(sender)
+        return None if under is None else under.key
 
     def floors(self) -> tuple[Floor, ...]:
-        """How far each sender was heard, the one heard least recently first: for a disk."""
+        """How far each sender was heard under each key, the least recently heard first: for a disk."""
         return tuple(
-            Floor(sender, known.epoch, known.highest) for sender, known in self._senders.items()
+            Floor(under.id, sender, known.epoch, known.highest)
+            for under in reversed(self._keys)
+            for sender, known in under.senders.items()
         )
 
     def restore(self, floors: Iterable[Floor]) -> None:
-        """Before anything was opened: what an earlier run of this process opened does not open again."""
+        """Before anything was opened: what an earlier run of this process opened does not open again.
+
+        Floors under keys that are not in force say nothing any more.
+        """
+        held = {under.id: under for under in self._keys}
         for floor in floors:
-            window = _WINDOW_MASK
-            self._senders[floor.sender] = _Sender(floor.epoch, None, b"", floor.counter, window)
-        while len(self._senders) > self._senders_max:
-            self._senders.popitem(last=False)
+            if floor.key_id in held and floor.epoch >= 1:
+                held[floor.key_id].restore(floor)
 
     def statistics(self) -> Mapping[str, int]:
         """Counts since the start: `opened`, of them `opened_old_epoch`, and every `DropReason` by its value."""
@@ -304,63 +389,21 @@ class Opener:
         sender, epoch = NodeId(sender_bytes), Epoch(epoch_number)
         if sender == self._me:
             return DropReason.OWN
-        known = self._senders.get(sender)
-        if known is not None and epoch < known.epoch:
-            if now_s is None or known.old.left(now_s) < 1.0:
-                return DropReason.OLD_EPOCH
-            opened = self._open_old(datagram, sender, epoch, counter)
-            if isinstance(opened, Opened):  # what a stranger made up costs the sender nothing
-                known.old.take(now_s)
-            return opened
-        if known is not None and epoch == known.epoch:
-            if not known.is_fresh(counter):
-                return DropReason.REPLAYED
-            payload = None if known.aead is None else self._decrypt(known.aead, counter, datagram)
-            if payload is not None:
-                known.mark(counter)
-                self._senders.move_to_end(sender)
-                return Opened(sender, epoch, payload)
-        return self._open_under_another_key(datagram, sender, epoch, counter, known)
+        last = self._last.get(sender)
+        reason = DropReason.BAD_SEAL
+        for under in self._in_order(last):
+            outcome = under.open(datagram, sender, epoch, counter, now_s)
+            if isinstance(outcome, Opened):
+                if under is not last and not outcome.is_old_epoch:
+                    self._last[sender] = under
+                    if len(self._last) > self._senders_max:
+                        del self._last[next(iter(self._last))]
+                return outcome
+            if outcome is not DropReason.BAD_SEAL:
+                reason = outcome
+        return reason
 
-    def _open_old(
-        self, datagram: bytes, sender: NodeId, epoch: Epoch, counter: int
-    ) -> Opened | DropReason:
-        """An earlier life speaks: whatever the outcome, nothing is remembered of it."""
-        for key in self._keys:
-            payload = self._decrypt(_sender_aead(key, self._mesh, sender, epoch), counter, datagram)
-            if payload is not None:
-                return Opened(sender, epoch, payload, is_old_epoch=True)
-        return DropReason.BAD_SEAL
-
-    def _open_under_another_key(
-        self, datagram: bytes, sender: NodeId, epoch: Epoch, counter: int, known: _Sender | None
-    ) -> Opened | DropReason:
-        """First contact, a new epoch, or a rotated mesh key: derive, try, remember only on success."""
-        is_same_life = known is not None and known.epoch == epoch
-        tried = known.key if known is not None and is_same_life and known.aead else None
-        for key in self._keys:
-            if key == tried:
-                continue
-            aead = _sender_aead(key, self._mesh, sender, epoch)
-            payload = self._decrypt(aead, counter, datagram)
-            if payload is None:
-                continue
-            if known is not None and known.epoch == epoch:
-                known.aead, known.key = aead, key  # the counter goes on within the epoch
-            else:
-                known = self._senders[sender] = _Sender(epoch, aead, key)
-            known.mark(counter)
-            self._senders.move_to_end(sender)
-            if len(self._senders) > self._senders_max:
-                self._senders.popitem(last=False)
-            return Opened(sender, epoch, payload)
-        return DropReason.BAD_SEAL
-
-    def _decrypt(self, aead: ChaCha20Poly1305, counter: int, datagram: bytes) -> bytes | None:
-        nonce = _NONCE_PREFIX + counter.to_bytes(_NUMBER_BYTES, "big")
-        header, sealed = datagram[: _HEADER.size], datagram[_HEADER.size :]
-        bound_to = self._me if header[0] == FORMAT_ONE else b""
-        try:
-            return aead.decrypt(nonce, sealed, header + bound_to)
-        except InvalidTag:
-            return None
+    def _in_order(self, first: _UnderKey | None) -> Iterable[_UnderKey]:
+        if first is None or first is self._keys[0]:
+            return self._keys
+        return (first, *(under for under in self._keys if under is not first))

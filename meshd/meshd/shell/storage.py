@@ -49,7 +49,7 @@ REPORTS_MAX: Final = 64
 """Reports held until there is a log."""
 
 _MIB: Final = 1 << 20
-_FLOOR: Final = struct.Struct(">16s6s6s")  # sender, epoch, counter
+_FLOOR: Final = struct.Struct(">8s16s6s6s")  # key, sender, epoch, counter
 _PASSING: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
 """Failures to read that say nothing about the file."""
 _IN_WORDS: Final[Mapping[int | None, str]] = {
@@ -164,7 +164,7 @@ class Storage:
             raise StorageError(
                 f"the epoch in {self._folder / EPOCH.name} is the last one there is: "
                 "move the folder identity away and join the mesh anew as another node "
-                "(`meshd init --enrol FILE`)"
+                "(`meshd join TOKEN`)"
             )
         epoch = max(saved + 1, now_ms, 1)
         if saved == 0 and None in found:
@@ -289,15 +289,20 @@ class Storage:
             return ()
         return tuple(
             Floor(
-                NodeId(sender), Epoch(int.from_bytes(epoch, "big")), int.from_bytes(counter, "big")
+                key,
+                NodeId(sender),
+                Epoch(int.from_bytes(epoch, "big")),
+                int.from_bytes(counter, "big"),
             )
-            for sender, epoch, counter in _FLOOR.iter_unpack(content)
+            for key, sender, epoch, counter in _FLOOR.iter_unpack(content)
         )
 
     def save_windows(self, floors: tuple[Floor, ...]) -> bool:
         """Replace them, of the senders heard last; False when the disk refused."""
         packed = b"".join(
-            _FLOOR.pack(one.sender, one.epoch.to_bytes(6, "big"), one.counter.to_bytes(6, "big"))
+            _FLOOR.pack(
+                one.key_id, one.sender, one.epoch.to_bytes(6, "big"), one.counter.to_bytes(6, "big")
+            )
             for one in floors[-WINDOWS_MAX:]
         )
         return self._replace(WINDOWS, packed)
