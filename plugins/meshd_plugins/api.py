@@ -99,7 +99,7 @@ class Request:
     name: str  # the semantic name that was asked for
     operation: Operation
     body: Mapping[str, Value]
-    caller: str = ""  # node id (hex) of the entry node
+    caller: str = ""  # who asks, the same for all requests of one caller: "<node id>/<principal>"
     privacy: Privacy = Privacy.MESH
     trace: str = ""  # W3C traceparent
     idempotency_id: str = ""
@@ -166,7 +166,8 @@ class BadRequest(CapabilityError):
 class Refused(CapabilityError):
     """Not taken. State: nothing was done.
 
-    Codes: busy, draining, starting, unsupported, not_here, hop_limit, privacy, too_large.
+    Codes: busy, draining, starting, unsupported, not_here, hop_limit, privacy, access, caller, observer,
+    too_large.
     """
 
     code = "busy"
@@ -220,11 +221,21 @@ class WorkerSpec:
     environment: Mapping[str, str] = field(
         default_factory=dict[str, str]
     )  # nothing is inherited but PATH, HOME, LANG
-    memory_bytes_max: int | None = None  # RLIMIT_AS is not it: enforced by watching resident memory
+    memory_bytes_max: int | None = None
+    """What it may allocate, and what it may hold resident, its mapped files included. None: nine tenths
+    of the machine's memory."""
     start_deadline_s: float = 120.0
-    network: bool = (
-        False  # without it the process runs with no network, as far as the system allows
-    )
+    network: bool = False  # it may use IP sockets
+    processes: bool = False  # it may start other processes
+    gpu: bool = False  # it may use the device files of a GPU
+    read_paths: tuple[Path, ...] = ()
+    """Files and folders it may read, beyond its own program and the libraries of the system."""
+    write_paths: tuple[
+        Path, ...
+    ] = ()  # those that it may also change; none by default, not even /tmp
+    files: tuple[int, ...] = ()
+    """Open files that it is given under the same numbers. It may open each anew as `/proc/self/fd/N`. The
+    caller closes its own once the worker is up."""
 
 
 class WorkerCall(Protocol):

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from meshd_plugins.api import Value
-from meshd_plugins.workersandbox import PARENT_VARIABLE, apply_sandbox
+from meshd_plugins.workersandbox import ORDER_VARIABLE, Order, apply_sandbox
 
 FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
 HEARTBEAT_INTERVAL_S: Final = 1.0
@@ -42,6 +42,7 @@ READ_BYTES: Final = 64 * 1024
 CLOSING_S: Final = 1.0  # for the main thread to end after stdin was closed
 
 EXIT_STDIN_CLOSED: Final = 0
+EXIT_NO_MEMORY: Final = 71  # EX_OSERR
 EXIT_BAD_FRAME: Final = 76  # EX_PROTOCOL: what came from the daemon is not our protocol
 
 _HEADER: Final = struct.Struct(">I")
@@ -230,13 +231,18 @@ def main(serve: Callable[[Link], None]) -> None:
     os.dup2(null_fd, 0)
     os.close(null_fd)
     os.dup2(2, 1)
-    isolation = apply_sandbox(os.environ) if PARENT_VARIABLE in os.environ else {}
+    order = os.environ.pop(ORDER_VARIABLE, "")
+    isolation = apply_sandbox(Order.from_text(order)) if order else {}
     link = Link(read_fd, write_fd, isolation)
     try:
         serve(link)
         link.flush()
     except BrokenPipeError:
         os._exit(EXIT_STDIN_CLOSED)
+    except MemoryError:
+        limit = isolation.get("memory", "that of the system")
+        os.write(2, f"worker: out of memory: its limit is {limit}\n".encode())
+        os._exit(EXIT_NO_MEMORY)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # native threads and atexit handlers of libraries have nothing to add

@@ -1,5 +1,4 @@
 import ctypes
-import hashlib
 import importlib.util
 import io
 import struct
@@ -11,7 +10,12 @@ from hypothesis import strategies as st
 from tests.unit.support_gguf import ARRAY, ENTRIES, STRING, TENSORS, UINT32, entry, gguf, text
 
 from meshd_plugins.builtin.llama.config import locate_model
-from meshd_plugins.builtin.llama.facts import compatibility_key, describe_model, file_digest
+from meshd_plugins.builtin.llama.facts import (
+    compatibility_key,
+    describe_model,
+    facts_from_wire,
+    facts_to_wire,
+)
 from meshd_plugins.builtin.llama.gguf import (
     TENSOR_BLOCKS,
     Gguf,
@@ -97,6 +101,16 @@ NESTED = struct.pack("<IQIQIQ", ARRAY, 1, ARRAY, 1, UINT32, 1) + b"1234"
             MalformedGguf,
             "alignment",
         ),
+        (
+            gguf(entries=(entry("split.count", UINT32, struct.pack("<I", 3)),)),
+            UnsupportedGguf,
+            "one of 3 parts of a model; join them",
+        ),
+        (
+            gguf(entries=(entry("a", ARRAY, struct.pack("<IQ", STRING, 5_000_000)),)),
+            MalformedGguf,
+            "more than 4,194,304 texts",
+        ),
         (gguf(tensors=(tensor(shape=(1, 1, 1, 1, 1)),)), MalformedGguf, "dimensions"),
         (gguf(tensors=(tensor(shape=(2**40, 2**40)),)), MalformedGguf, "impossible shape"),
         (gguf(tensors=(tensor(shape=(0,)),)), MalformedGguf, "impossible shape"),
@@ -128,6 +142,76 @@ def test_whatever_the_bytes_only_a_gguf_error_comes_out(
     except GgufError:
         return
     assert all(header.data_offset + t.offset + t.size_bytes <= len(mutated) for t in header.tensors)
+
+
+VALUES = st.one_of(
+    st.tuples(st.just(STRING), st.binary(max_size=12)),
+    st.tuples(st.just(ARRAY), st.binary(max_size=24)),
+    st.tuples(st.integers(0, 13), st.binary(max_size=9)),
+)
+KEYS = st.sampled_from(["general.alignment", "general.architecture", "split.count", "a", "b"])
+HEADERS = st.lists(
+    st.tuples(KEYS, VALUES).map(lambda found: entry(found[0], found[1][0], found[1][1])), max_size=5
+)
+TENSOR = st.builds(
+    tensor,
+    shape=st.lists(st.sampled_from([0, 1, 32, 64, 2**32, 2**63]), max_size=5).map(tuple),
+    kind=st.sampled_from([0, 3, 4, 99]),
+    offset=st.sampled_from([0, 1, 32, 2**40, 2**64 - 32]),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(HEADERS, st.lists(TENSOR, max_size=3), st.integers(0, 2**64 - 1) | st.integers(0, 9))
+def test_headers_that_are_nearly_well_formed_are_read_or_refused(
+    entries: list[bytes], tensors: list[bytes], count: int
+) -> None:
+    data = bytearray(gguf(entries=tuple(entries), tensors=tuple(tensors)))
+    if count > 3:
+        struct.pack_into("<Q", data, 16, count)  # of the entries
+    try:
+        header = parse(bytes(data))
+    except GgufError:
+        return
+    assert all(header.data_offset + t.offset + t.size_bytes <= len(data) for t in header.tensors)
+    assert describe_model(header, Path("m.gguf"), "").parameters >= 0
+
+
+def test_texts_are_bounded_in_all_and_not_only_each() -> None:
+    megabytes = entry("{}", STRING, text("x" * (15 * 1024 * 1024)))
+    entries = tuple(megabytes.replace(b"{}", f"{n:02}".encode()) for n in range(5))
+    with pytest.raises(MalformedGguf, match="67,108,864 bytes of keys, names and texts"):
+        parse(gguf(entries=entries))
+
+
+def test_a_file_that_is_open_is_read_from_its_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf())
+    with path.open("rb") as file:
+        file.seek(100)
+        assert read_gguf(file.fileno()).parameters == 192
+
+
+def test_what_the_worker_says_of_a_model_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    entries = (entry("general.architecture", STRING, text("ll\nama" + "x" * 500)), *ENTRIES[1:])
+    path.write_bytes(gguf(entries=entries))
+    facts = describe_model(read_gguf(path), path, "ab" * 32, family="Mi\x1bne")
+    assert (facts.family, len(facts.architecture)) == ("Mine", 79)
+    wire = facts_to_wire(facts)
+    assert facts_from_wire(wire, "ab" * 32) == facts
+    for name, value in (
+        ("family", "x" * 81),
+        ("licence", "a\nb"),
+        ("architecture", 3),
+        ("parameters", -1),
+        ("size_bytes", 2**63),
+        ("context_tokens", None),
+    ):
+        with pytest.raises(ValueError, match=name):
+            facts_from_wire({**wire, name: value}, "ab" * 32)
+    with pytest.raises(ValueError, match="family"):
+        facts_from_wire(None, "ab" * 32)
 
 
 def test_a_text_file_named_gguf(tmp_path: Path) -> None:
@@ -163,20 +247,6 @@ def test_the_family_is_the_name_without_its_quantisation(name: str, family: str)
     assert describe_model(parse(gguf()), Path(name), "").family == family
 
 
-def test_the_digest_is_cached_until_the_file_changes(tmp_path: Path) -> None:
-    path, state = tmp_path / "m.gguf", tmp_path / "state"
-    state.mkdir()
-    path.write_bytes(b"one")
-    first = file_digest(path, state)
-    cache = next(state.iterdir())
-    cache.write_text(cache.read_text().replace(first, "c" * 64))
-    assert file_digest(path, state) == "c" * 64  # the cache was used
-    path.write_bytes(b"three")
-    assert file_digest(path, state) not in (first, "c" * 64)
-    cache.write_text("{broken")
-    assert len(file_digest(path, state)) == 64
-
-
 def test_the_compatibility_key_changes_with_file_and_build() -> None:
     keys = {compatibility_key("a", "1"), compatibility_key("b", "1"), compatibility_key("a", "2")}
     assert len(keys) == 3
@@ -205,11 +275,3 @@ def test_the_demo_model() -> None:
         "Q4_1",
         8192,
     )
-
-
-def test_a_digest_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
-    model = tmp_path / "model.gguf"
-    model.write_bytes(b"weights")
-    nowhere = tmp_path / "file"
-    nowhere.write_text("in the way of the cache's folder")
-    assert file_digest(model, nowhere) == hashlib.sha256(b"weights").hexdigest()

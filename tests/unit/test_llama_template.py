@@ -40,6 +40,13 @@ def test_a_template_may_refuse_a_conversation() -> None:
         "{{ 10 ** 10000000 }}",
         "{{ '%9999999999d' % 1 }}",
         "{{ range(10000000) | list }}",
+        "{{ 1.5 | round(100000000, 'ceil') }}",
+        "{{ 5 | round(-100000000) }}",
+        "{{ cycler.__init__.__globals__.os }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{% import 'x' as y %}",
+        "{% from '/etc/passwd' import y %}",
+        "{% for i in range(1000000000) %}{% endfor %}",
         "{{ 1 / 0 }}",
         "{{ messages[7].content.x }}",
         "{% set ns = namespace(x='aaaaaaaaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
@@ -51,6 +58,26 @@ def test_a_template_may_refuse_a_conversation() -> None:
 def test_a_hostile_or_broken_template_is_only_an_error(source: str) -> None:
     with pytest.raises(TemplateError):
         render(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ lipsum.__globals__ }}",
+        "{{ strftime_now.__self__ }}",
+        "{{ messages | attr('__class__') }}",
+        "{{ '{0.__class__}'.format(messages) }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ ''.format.__self__ }}",
+        "{{ strftime_now('%9999999999d') }}",
+    ],
+)
+def test_the_inside_of_things_is_empty(source: str) -> None:
+    assert render(source) == ""
+
+
+def test_a_number_is_rounded() -> None:
+    assert render("{{ 2.345 | round(2) }} {{ 2.5 | round(method='floor') }}") == "2.35 2.0"
 
 
 def test_a_template_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

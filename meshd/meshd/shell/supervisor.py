@@ -18,14 +18,15 @@ import os
 import signal
 import subprocess
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import trio
 
-from meshd.shell.sandbox import Isolation, observe_isolation, resident_bytes, worker_environment
+from meshd.shell.sandbox import Isolation, ProcessView, observe_isolation, worker_environment
 from meshd_plugins.api import (
     BadRequest,
     CapabilityError,
@@ -77,15 +78,24 @@ class WorkerStatus:
 class ProcessSupervisor:
     """Implements `meshd_plugins.api.Supervisor`."""
 
-    def __init__(self, log: Logger, config: SupervisorConfig | None = None) -> None:
+    def __init__(
+        self,
+        log: Logger,
+        config: SupervisorConfig | None = None,
+        *,
+        hidden: Sequence[Path] = (),
+    ) -> None:
+        """Supervise nothing yet; `hidden` are the folders with keys, which no worker reads."""
         self._log = log
+        self._hidden = tuple(hidden)
         self._config = config or SupervisorConfig()
         self._workers: dict[int, _ProcessWorker] = {}
 
     @asynccontextmanager
     async def worker(self, spec: WorkerSpec) -> AsyncGenerator[Worker, None]:
         """Start a process and wait for its hello; see `meshd_plugins.api.Supervisor.worker`."""
-        worker = _ProcessWorker(spec, self._config, self._log)
+        environment = worker_environment(spec, self._hidden)
+        worker = _ProcessWorker(spec, environment, self._config, self._log)
         self._workers[worker.pid] = worker
         try:
             async with trio.open_nursery() as nursery:
@@ -158,7 +168,13 @@ class _Call:
 class _ProcessWorker:
     """One process and the conversation with it; its methods are the tasks of one nursery."""
 
-    def __init__(self, spec: WorkerSpec, config: SupervisorConfig, log: Logger) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        environment: Mapping[str, str],
+        config: SupervisorConfig,
+        log: Logger,
+    ) -> None:
         self._spec = spec
         self._config = config
         self._log = log
@@ -178,11 +194,11 @@ class _ProcessWorker:
         self._closing = False
         self._silent_s = 0.0
         self._stderr: deque[str] = deque(maxlen=config.stderr_lines_max)
-        self._start()
+        self._start(environment)
 
     # -- the process -------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def _start(self, environment: Mapping[str, str]) -> None:
         """Start it from this thread: PR_SET_PDEATHSIG means the thread, not the process."""
         child_in, our_in = os.pipe()
         our_out, child_out = os.pipe()
@@ -193,11 +209,13 @@ class _ProcessWorker:
                 stdin=child_in,
                 stdout=child_out,
                 stderr=child_err,
-                env=worker_environment(self._spec),
+                env=environment,
                 cwd="/",
                 close_fds=True,
+                pass_fds=self._spec.files,
                 start_new_session=True,
             )
+            self._view = ProcessView(self._process.pid)
             self._pid_fd = _open_pid(self._process)
         except OSError as error:
             for fd in (our_in, our_out, our_err):
@@ -266,6 +284,7 @@ class _ProcessWorker:
         await self._stdout.aclose()
         await self._errors.aclose()
         os.close(self._pid_fd)
+        self._view.close()
 
     def _kill(self, reason: str, code: str = "worker_died") -> None:
         """End it for a reason of ours; the first reason stays."""
@@ -351,7 +370,7 @@ class _ProcessWorker:
                 self._silent_s = 0.0
             elif self._silent_s > self._config.hang_s:
                 self._kill(f"no sign of life for {self._config.hang_s:g} s", "worker_hung")
-            used = resident_bytes(self.pid) if limit is not None else None
+            used = self._view.resident_bytes() if limit is not None else None
             if limit is not None and used is not None and used > limit:
                 self._kill(f"it uses {used >> 20} MiB of memory; its limit is {limit >> 20} MiB")
 
@@ -366,7 +385,7 @@ class _ProcessWorker:
             if self._hello is not None:
                 raise FrameError("a second hello")
             self._hello = message
-            self._isolation = observe_isolation(self.pid, message)
+            self._isolation = observe_isolation(self._view, message)
             self._hello_or_death.set()
             return
         call_id = message.get("id")
@@ -447,7 +466,7 @@ class _ProcessWorker:
             pid=self.pid,
             ready=self._hello is not None and not self._died.is_set(),
             open_calls=len(self._calls),
-            resident_bytes=resident_bytes(self.pid) or 0,
+            resident_bytes=self._view.resident_bytes() or 0,
             isolation=self._isolation,
         )
 

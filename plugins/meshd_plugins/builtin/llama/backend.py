@@ -38,7 +38,7 @@ class ModelUnusable(Exception):
 class BackendConfig:
     """How a model is loaded."""
 
-    path: str
+    path: str  # /proc/self/fd/N: the very file that was verified
     slots: int
     context_tokens: int  # of one slot
     threads: int  # 0: one a physical core
@@ -83,7 +83,7 @@ class LlamaBackend:
         parameters.n_gpu_layers = config.gpu_layers
         self._model = api.llama_model_load_from_file(os.fsencode(config.path), parameters)
         if not self._model:
-            raise ModelUnusable(f"llama.cpp cannot load {config.path}")
+            raise ModelUnusable("llama.cpp cannot load it")
         self._vocabulary = api.llama_model_get_vocab(self._model)
         self._vocabulary_size = int(api.llama_vocab_n_tokens(self._vocabulary))
         self.threads = config.threads or physical_cores()
@@ -221,18 +221,37 @@ class LlamaBackend:
             )
         return buffer.raw[: max(length, 0)]
 
-    def tokenise(self, text: str, *, parse_special: bool) -> list[int]:
-        """Return the tokens of a prompt. A beginning-of-text token that it has already is not doubled."""
-        data = text.encode()
+    def tokenise(self, pieces: Sequence[str], *, parse_special: bool) -> list[int]:
+        """Return the tokens of a prompt, in pieces between which no token reaches.
+
+        A beginning-of-text token that the first piece has already is not doubled.
+        """
         beginning = self.special_tokens["bos_token"]
-        add_special = not (parse_special and beginning and text.startswith(beginning))
-        room = len(data) + 8
-        tokens = (self._api.llama_token * room)()
-        count = self._api.llama_tokenize(
-            self._vocabulary, data, len(data), tokens, room, add_special, parse_special
+        add_special = not (
+            parse_special and beginning and "".join(pieces[:1]).startswith(beginning)
         )
-        assert count >= 0, "a token has at least one byte"
-        return list(tokens[:count])
+        tokens: list[int] = []
+        for piece in pieces:
+            data = piece.encode()
+            room = len(data) + 8
+            found = (self._api.llama_token * room)()
+            count = self._api.llama_tokenize(
+                self._vocabulary, data, len(data), found, room, add_special, parse_special
+            )
+            assert count >= 0, "a token has at least one byte"
+            tokens += found[:count]
+            add_special = False
+        return tokens
+
+    def control_tokens(self) -> list[str]:
+        """Texts of the tokens that steer the model and that no user may write."""
+        api, vocabulary = self._api, self._vocabulary
+        steering = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_UNKNOWN
+        return [
+            self._convert(token, special=True).decode("utf-8", "replace")
+            for token in range(self._vocabulary_size)
+            if api.llama_vocab_get_attr(vocabulary, token) & steering
+        ]
 
     @property
     def special_tokens(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,6 +33,7 @@ class ModelConfig:
     family: str = ""  # what people call it; "": from the file's name
     memory_mib_max: int = 0  # resident memory at which the worker is ended; 0: no limit of its own
     start_deadline_s: int = 120  # from start to ready; a large model on a slow card needs minutes
+    sha256: str = ""  # of the file, hex: another one is not loaded; "": whatever lies there is
     privacy: str = "mesh"  # the widest distance from which it may be called: local, lan or mesh
 
 
@@ -87,6 +89,11 @@ def _read_model(entry: Value, where: str) -> ModelConfig:
         raise PluginConfigError(f"{where}.family must be a string of at most 80 characters")
     if privacy not in ("local", "lan", "mesh"):
         raise PluginConfigError(f"{where}.privacy is {privacy!r}: one of local, lan, mesh")
+    sha256 = entry.get("sha256", "")
+    if not isinstance(sha256, str) or not re.fullmatch(r"([0-9a-fA-F]{64})?", sha256):
+        raise PluginConfigError(
+            f"{where}.sha256 is {sha256!r}: give the 64 hexadecimal digits that sha256sum prints"
+        )
     return ModelConfig(
         path=path,
         names=tuple(str(name) for name in names),
@@ -97,6 +104,7 @@ def _read_model(entry: Value, where: str) -> ModelConfig:
         family=family,
         memory_mib_max=_integer(entry, "memory_mib_max", where, 0, 2**31),
         start_deadline_s=_integer(entry, "start_deadline_s", where, 1, 3600),
+        sha256=sha256.lower(),
         privacy=str(privacy),
     )
 

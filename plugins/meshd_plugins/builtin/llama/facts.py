@@ -1,21 +1,22 @@
-"""What is announced of a model file: read from its header, never from its name but for the family's."""
+"""What is announced of a model file: read from its header, never from its name but for the family's.
+
+The header is read in the worker, where a hostile one does no harm; what it says comes to the daemon in
+the worker's hello, and is checked there like anything that comes from outside.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from meshd_plugins.api import ModelFacts
+from meshd_plugins.api import ModelFacts, Value
 from meshd_plugins.builtin.llama.gguf import Gguf
 
-DIGEST_CACHE_FILE: Final = "digests.json"
-DIGESTS_MAX: Final = 256
+TEXT_LENGTH_MAX: Final = 80  # of what is announced of a file's own words
+NUMBER_MAX: Final = 2**62
 KV_TYPE: Final = "f16"  # of both K and V: the default of llama.cpp, which we do not change
 
 FILE_TYPES: Final[Mapping[int, str]] = {
@@ -64,19 +65,19 @@ _QUANTISATION_SUFFIX: Final = re.compile(
 
 def describe_model(header: Gguf, path: Path, digest: str, family: str = "") -> ModelFacts:
     """Return what the header says. The compatibility key is not known before a worker runs."""
-    architecture = header.text("general.architecture")
+    architecture = _words(header.text("general.architecture"))
     template = header.text("tokenizer.chat_template")
     file_type = header.metadata.get("general.file_type")
     quantisation = FILE_TYPES.get(file_type, "") if isinstance(file_type, int) else ""
     return ModelFacts(
         digest=digest,
-        family=family or _QUANTISATION_SUFFIX.sub("", path.stem),
+        family=_words(family or _QUANTISATION_SUFFIX.sub("", path.stem)),
         architecture=architecture,
         parameters=header.parameters,
         quantisation=quantisation,
-        context_tokens=header.number(f"{architecture}.context_length"),
+        context_tokens=max(0, min(header.number(f"{architecture}.context_length"), NUMBER_MAX)),
         size_bytes=header.size_bytes,
-        licence=header.text("general.license"),
+        licence=_words(header.text("general.license")),
         chat_template_digest=hashlib.sha256(template.encode()).hexdigest() if template else "",
     )
 
@@ -86,41 +87,29 @@ def compatibility_key(digest: str, build: str) -> str:
     return hashlib.sha256(f"{digest}/{build}/{KV_TYPE}".encode()).hexdigest()[:32]
 
 
-def file_digest(path: Path, state_dir: Path) -> str:
-    """Return the SHA-256 of a file, from the cache when size and time are as before.
-
-    Raises OSError when the file cannot be read. A cache that cannot be written costs only time.
-
-    Reads the whole file: gigabytes for some models. Run it in a thread.
-    """
-    status = path.stat()
-    mark = [status.st_size, status.st_mtime_ns]
-    cache_file = state_dir / DIGEST_CACHE_FILE
-    cache = _read_cache(cache_file)
-    known = cache.get(str(path))
-    if known is not None and known[:2] == mark:
-        return str(known[2])
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # Read again: another model may have been digested meanwhile.
-    cache = {**_read_cache(cache_file), str(path): [*mark, digest]}
-    while len(cache) > DIGESTS_MAX:
-        del cache[next(iter(cache))]
-    temporary = cache_file.with_suffix(f".{os.getpid()}.new")
-    with suppress(OSError):
-        temporary.write_text(json.dumps(cache, indent=1))
-        temporary.replace(cache_file)
-    return digest
+def facts_to_wire(facts: ModelFacts) -> dict[str, Value]:
+    """For the worker's hello; what the daemon knows better is left out."""
+    return {name: getattr(facts, name) for name in (*_TEXTS, *_NUMBERS)}
 
 
-def _read_cache(file: Path) -> dict[str, list[Any]]:
-    """Return what is cached; a missing or damaged cache is an empty one."""
-    try:
-        raw: Any = json.loads(file.read_text())
-        return {
-            str(path): [int(entry[0]), int(entry[1]), str(entry[2])]
-            for path, entry in raw.items()
-            if len(str(entry[2])) == 64
-        }
-    except (OSError, ValueError, TypeError, AttributeError, LookupError):
-        return {}
+def facts_from_wire(value: Value, digest: str) -> ModelFacts:
+    """Read what a worker says. Raises ValueError: it is not what ours says."""
+    raw: Mapping[str, Value] = value if isinstance(value, Mapping) else {}
+    texts = {name: raw.get(name) for name in _TEXTS}
+    numbers = {name: raw.get(name) for name in _NUMBERS}
+    for name, text in texts.items():
+        if not isinstance(text, str) or len(text) > TEXT_LENGTH_MAX or not text.isprintable():
+            raise ValueError(f"the worker calls the model's {name} {str(text)[:80]!r}")
+    for name, number in numbers.items():
+        if not isinstance(number, int) or not 0 <= number <= NUMBER_MAX:
+            raise ValueError(f"the worker says that the model's {name} is {str(number)[:80]}")
+    return ModelFacts(digest=digest, **texts, **numbers)  # type: ignore[arg-type]
+
+
+_TEXTS: Final = ("family", "architecture", "quantisation", "licence", "chat_template_digest")
+_NUMBERS: Final = ("parameters", "context_tokens", "size_bytes")
+
+
+def _words(text: str) -> str:
+    """A short text of one line, whatever the file says."""
+    return "".join(c for c in text[:TEXT_LENGTH_MAX] if c.isprintable())

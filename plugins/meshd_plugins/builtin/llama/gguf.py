@@ -3,8 +3,8 @@
 Source: the GGUF specification of ggml (docs/gguf.md), versions 2 and 3, little endian.
 
 What is true of `read_gguf`, whatever the bytes: it returns or raises a `GgufError` (or the `OSError` of
-the file itself); it reads no tensor data; its memory is bounded by the bounds below, not by what the
-file claims; and no length is believed before it was compared with what is left of the file. llama.cpp
+the file itself); it reads no tensor data; its memory and time are bounded by the bounds below, not by what
+the file claims; and no length is believed before it was compared with what is left of the file. llama.cpp
 aborts the process on some broken files, so nothing is given to it that has not passed here.
 """
 
@@ -27,6 +27,10 @@ KEY_BYTES_MAX: Final = 65_535  # of the specification
 STRING_BYTES_MAX: Final = 16 * 1024 * 1024
 ARRAY_ITEMS_MAX: Final = 16 * 1024 * 1024
 ARRAY_DEPTH_MAX: Final = 2
+WALKED_MAX: Final = (
+    4 * 1024 * 1024
+)  # texts and arrays in arrays, of the whole file: each costs a step
+KEPT_BYTES_MAX: Final = 64 * 1024 * 1024  # of keys, names and texts, of the whole file
 DIMENSIONS_MAX: Final = 4
 ALIGNMENT_DEFAULT: Final = 32
 READ_AHEAD_BYTES: Final = 1024 * 1024
@@ -201,10 +205,11 @@ class Gguf:
         return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-def read_gguf(path: Path) -> Gguf:
-    """Read and check the header. Raises GgufError, OSError."""
-    with path.open("rb", buffering=READ_AHEAD_BYTES) as file:
-        return parse_gguf(file, os.fstat(file.fileno()).st_size)
+def read_gguf(file: Path | int) -> Gguf:
+    """Read and check the header of a file, or of one that is open. Raises GgufError, OSError."""
+    with open(file, "rb", buffering=READ_AHEAD_BYTES, closefd=isinstance(file, Path)) as opened:
+        opened.seek(0)
+        return parse_gguf(opened, os.fstat(opened.fileno()).st_size)
 
 
 def parse_gguf(file: BinaryIO, size_bytes: int) -> Gguf:
@@ -234,6 +239,11 @@ def parse_gguf(file: BinaryIO, size_bytes: int) -> Gguf:
         or alignment > 65_536
     ):
         raise MalformedGguf(f"general.alignment is {alignment!r}: no power of two from 8 to 65536")
+    parts = metadata.get("split.count", 1)
+    if parts != 1:
+        raise UnsupportedGguf(
+            f"this is one of {parts} parts of a model; join them: llama-gguf-split --merge"
+        )
     tensors = _read_tensors(reader, tensor_count, alignment)
     data_offset = -(-reader.position // alignment) * alignment
     end = max((tensor.offset + tensor.size_bytes for tensor in tensors), default=0)
@@ -273,6 +283,8 @@ class _Reader:
     def __init__(self, file: BinaryIO, size_bytes: int) -> None:
         self._file = file
         self._size_bytes = size_bytes
+        self._walked = 0
+        self._kept_bytes = 0
         self.position = 0
 
     def take(self, count: int) -> bytes:
@@ -309,6 +321,9 @@ class _Reader:
 
     def text(self, bytes_max: int, what: str) -> str:
         length = self.count(f"bytes in a {what}", bytes_max)
+        self._kept_bytes += length
+        if self._kept_bytes > KEPT_BYTES_MAX:
+            raise MalformedGguf(f"more than {KEPT_BYTES_MAX:,} bytes of keys, names and texts")
         try:
             return self.take(length).decode("utf-8")
         except UnicodeDecodeError:
@@ -334,6 +349,10 @@ class _Reader:
     def _array(self, depth: int) -> GgufArray:
         kind = self.value_type()
         count = self.count("items in an array", ARRAY_ITEMS_MAX)
+        if kind in (_Type.ARRAY, _Type.STRING):
+            self._walked += count
+            if self._walked > WALKED_MAX:
+                raise MalformedGguf(f"more than {WALKED_MAX:,} texts and arrays in arrays")
         if kind is _Type.ARRAY:
             if depth >= ARRAY_DEPTH_MAX:
                 raise MalformedGguf("arrays within arrays within arrays")

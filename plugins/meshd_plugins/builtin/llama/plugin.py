@@ -1,7 +1,8 @@
 """Keeps one worker a model running, and announces it while it runs.
 
 A model is *starting*, *serving*, *backing off* or *quarantined*. It is announced only while it serves.
-When its worker dies it starts again after 1, 2, 4, ... at most 60 seconds; when that happens
+Before each start its file is opened and its digest verified; the worker is given that open file.
+When the worker dies it starts again after 1, 2, 4, ... at most 60 seconds; when that happens
 `CRASHES_MAX` times within `CRASH_WINDOW_S`, or its file cannot be used at all, it is quarantined: left
 out, with the reason, until the daemon starts again. When no model is left the plugin itself gives up.
 """
@@ -9,11 +10,10 @@ out, with the reason, until the daemon starts again. When no model is left the p
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -34,10 +34,11 @@ from meshd_plugins.api import (
     Worker,
     WorkerSpec,
 )
+from meshd_plugins.builtin.llama.arguments import Arguments
 from meshd_plugins.builtin.llama.capability import LlamaCapability
 from meshd_plugins.builtin.llama.config import ModelConfig, locate_model
-from meshd_plugins.builtin.llama.facts import compatibility_key, describe_model, file_digest
-from meshd_plugins.builtin.llama.gguf import GgufError, read_gguf
+from meshd_plugins.builtin.llama.digest import ModelFile, ModelRefused, open_verified
+from meshd_plugins.builtin.llama.facts import compatibility_key, facts_from_wire
 
 BACKOFF_FIRST_S: Final = 1.0
 BACKOFF_MAX_S: Final = 60.0
@@ -47,7 +48,11 @@ HEALTHY_S: Final = 60.0  # after serving this long the backoff begins anew
 
 # ggml's threads wait for each other by spinning, unless told not to. With one other busy process on two
 # cores that made a token take 2 s instead of 17 ms (decision 0010).
-WORKER_ENVIRONMENT: Final[Mapping[str, str]] = {"OMP_WAIT_POLICY": "passive"}
+# ggml that aborts would start a debugger on itself.
+WORKER_ENVIRONMENT: Final[Mapping[str, str]] = {
+    "OMP_WAIT_POLICY": "passive",
+    "GGML_NO_BACKTRACE": "1",
+}
 
 
 class State(Enum):
@@ -57,14 +62,6 @@ class State(Enum):
     SERVING = "serving"
     BACKING_OFF = "backing_off"
     QUARANTINED = "quarantined"
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """What is known of a model before its worker runs."""
-
-    path: Path
-    header_facts: ModelFacts
 
 
 class RestartPolicy:
@@ -108,24 +105,18 @@ class LlamaPlugin:
     async def _keep_running(self, number: int, model: ModelConfig) -> None:
         """Serve one model, again and again; returns when it is quarantined."""
         clock, log = self._context.clock, self._context.log
-        self.states[number] = (State.STARTING, "")
-        try:
-            loaded = await self._inspect(model)
-        except (GgufError, OSError, PluginConfigError) as error:
-            self._quarantine(number, model, f"{model.path}: {error}")
-            return
         policy = RestartPolicy()
         while True:
             self.states[number] = (State.STARTING, "")
             started_s = clock()
             try:
-                reason = await self._serve(number, model, loaded)
+                reason = await self._serve(number, model)
             except CapabilityError as error:
                 reason = error.message
-            except (
-                ValueError,
-                TypeError,
-            ) as error:  # the name is malformed or taken: no restart helps
+            except (OSError, PluginConfigError, ModelRefused) as error:
+                self._quarantine(number, model, f"{model.path}: {error}")
+                return
+            except (ValueError, TypeError) as error:  # the name is malformed or taken
                 self._quarantine(number, model, f"{model.path}: {error}")
                 return
             now_s = clock()
@@ -141,29 +132,35 @@ class LlamaPlugin:
         self.states[number] = (State.QUARANTINED, reason)
         self._context.log.error("llama.model_quarantined", path=model.path, reason=reason)
 
-    async def _inspect(self, model: ModelConfig) -> _Loaded:
-        """Read header and digest. Raises GgufError, OSError, PluginConfigError."""
+    async def _open(self, model: ModelConfig) -> ModelFile:
+        """Open the file and verify it. Raises OSError, PluginConfigError, ModelRefused."""
         path = locate_model(model.path)
-        header = await trio.to_thread.run_sync(read_gguf, path)
-        digest = await trio.to_thread.run_sync(
-            partial(file_digest, path, self._context.state_dir), limiter=self._digest_limiter
-        )
-        return _Loaded(path, describe_model(header, path, digest, model.family))
+        verify = partial(open_verified, path, self._context.state_dir, model.sha256)
+        return await trio.to_thread.run_sync(verify, limiter=self._digest_limiter)
 
-    async def _serve(self, number: int, model: ModelConfig, loaded: _Loaded) -> str:
-        """Run one worker and announce it while it lives; return why it died. Raises CapabilityError."""
+    async def _serve(self, number: int, model: ModelConfig) -> str:
+        """Run one worker and announce it while it lives; return why it died.
+
+        Raises CapabilityError; OSError, PluginConfigError and ModelRefused: the file cannot be used.
+        """
         capabilities = self._context.capabilities
-        async with self._context.supervisor.worker(worker_spec(model, loaded.path)) as worker:
-            announced = [
-                LlamaCapability(d, worker) for d in describe(model, loaded.header_facts, worker)
-            ]
+        file = await self._open(model)
+        async with AsyncExitStack() as stack:
+            stack.callback(file.close)
+            spec = worker_spec(model, locate_model(model.path), file)
+            worker = await stack.enter_async_context(self._context.supervisor.worker(spec))
+            file.close()
+            hello = worker.hello
+            if "refused" in hello:
+                raise ModelRefused(str(hello["refused"])[:500], str(hello.get("code")))
+            facts = facts_from_wire(hello.get("model"), file.digest)
+            announced = [LlamaCapability(d, worker) for d in describe(model, facts, worker)]
             added: list[str] = []
             try:
                 for capability in announced:
                     capabilities.add(capability)
                     added.append(capability.descriptor.id)
                 self.states[number] = (State.SERVING, "")
-                hello = worker.hello
                 self._context.log.info(
                     "llama.model_ready",
                     path=model.path,
@@ -180,15 +177,19 @@ class LlamaPlugin:
                     capabilities.remove(capability_id)
 
 
-def worker_spec(model: ModelConfig, path: Path) -> WorkerSpec:
+def worker_spec(model: ModelConfig, path: Path, file: ModelFile) -> WorkerSpec:
     """How the worker of a model is started."""
-    arguments = {
-        "path": str(path),
-        "slots": model.slots,
-        "context_tokens": model.context,
-        "threads": model.threads,
-        "gpu_layers": model.gpu_layers,
-    }
+    arguments = Arguments(
+        file=file.descriptor,
+        path=str(path),
+        mark=file.mark,
+        digest=file.digest,
+        family=model.family,
+        slots=model.slots,
+        context_tokens=model.context,
+        threads=model.threads,
+        gpu_layers=model.gpu_layers,
+    )
     return WorkerSpec(
         name=f"llama:{path.stem}",
         argv=(
@@ -196,11 +197,13 @@ def worker_spec(model: ModelConfig, path: Path) -> WorkerSpec:
             "-P",
             "-m",
             "meshd_plugins.builtin.llama.worker",
-            json.dumps(arguments),
+            arguments.to_text(),
         ),
         environment=WORKER_ENVIRONMENT,
         memory_bytes_max=model.memory_mib_max * 1024 * 1024 or None,
         start_deadline_s=model.start_deadline_s,
+        gpu=model.gpu_layers != 0,
+        files=(file.descriptor,),
     )
 
 

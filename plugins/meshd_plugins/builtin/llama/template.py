@@ -19,12 +19,14 @@ from typing import Any, Final, NoReturn
 
 import jinja2
 from jinja2.ext import loopcontrols
+from jinja2.filters import do_round
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 TEMPLATE_BYTES_MAX: Final = 256 * 1024
 PROMPT_CHARACTERS_MAX: Final = 4 * 1024 * 1024
 RENDER_S: Final = 2.0
 RENDER_MEMORY_BYTES: Final = 512 * 1024 * 1024
+ROUND_DIGITS_MAX: Final = 20
 PRODUCT_MAX: Final = 1_000_000  # of a * b in a template, for a number, and length for a sequence
 
 
@@ -49,6 +51,13 @@ def _raise_exception(message: object) -> NoReturn:
     raise TemplateError(str(message)[:200])
 
 
+def _round(value: float, precision: int = 0, method: str = "common") -> float:
+    """Jinja's filter for few digits: for 100,000,000 it takes minutes in which no signal is handled."""
+    if abs(precision) > ROUND_DIGITS_MAX:
+        raise jinja2.exceptions.SecurityError(f"rounding to {precision} digits is not allowed here")
+    return do_round(value, precision, method)  # type: ignore[arg-type]
+
+
 def _to_json(value: object, indent: int | None = None, **_options: object) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
@@ -67,6 +76,7 @@ class ChatTemplate:
             extensions=[loopcontrols],
         )
         environment.filters["tojson"] = _to_json
+        environment.filters["round"] = _round
         # update(): jinja2 types the values of this dict by what it holds at first
         functions: dict[str, Any] = {
             "raise_exception": _raise_exception,

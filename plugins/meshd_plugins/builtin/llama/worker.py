@@ -1,28 +1,30 @@
 """The process that holds one language model: `python -m meshd_plugins.builtin.llama.worker`.
 
-Its configuration is one JSON argument. It says hello when the model is loaded, warm and measured, then
-answers calls {"operation": "chat", "messages", "sampling"} and {"operation": "complete", "prompt",
+Its configuration is one JSON argument, its model an open file whose digest the daemon has verified. It
+reads the header first, and refuses the file in its hello when that is broken; llama.cpp sees only what
+passed. Else it says hello when the model is loaded, warm and measured, then answers calls {"operation": "chat", "messages", "sampling"} and {"operation": "complete", "prompt",
 "sampling"} with items {"text", "token_ids", "position", "seed"} and a last one {"done": {...}}.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, assert_never
+from typing import Any, Final, Literal, NoReturn, assert_never
 
 from meshd_plugins.api import Value
+from meshd_plugins.builtin.llama.arguments import Arguments
 from meshd_plugins.builtin.llama.backend import (
     BATCH_TOKENS_MAX,
     BackendConfig,
     LlamaBackend,
     ModelUnusable,
 )
+from meshd_plugins.builtin.llama.digest import Mark
 from meshd_plugins.builtin.llama.engine import (
     Broken,
     Engine,
@@ -34,11 +36,15 @@ from meshd_plugins.builtin.llama.engine import (
     Row,
     Text,
 )
+from meshd_plugins.builtin.llama.facts import describe_model, facts_to_wire
+from meshd_plugins.builtin.llama.gguf import GgufError, read_gguf
 from meshd_plugins.builtin.llama.sampling import Sampling
+from meshd_plugins.builtin.llama.special import MessageCutter, pieces
 from meshd_plugins.builtin.llama.template import ChatTemplate, TemplateError
 from meshd_plugins.workerkit import Call, Cancel, Closed, Incoming, Link, main
 
 EXIT_MODEL_UNUSABLE: Final = 4
+EXIT_MODEL_CHANGED: Final = 5
 CHUNK_S: Final = 0.4  # how long a prefill chunk may hold up the sequences that generate
 CHUNK_TOKENS_MIN: Final = 16
 CHUNK_TOKENS_MAX: Final = 128
@@ -126,8 +132,15 @@ class Service:
     """Calls in, items out: the engine's jobs are the link's calls."""
 
     def __init__(
-        self, link: Link, backend: LlamaBackend, engine: Engine[Any], template: ChatTemplate | None
+        self,
+        arguments: Arguments,
+        link: Link,
+        backend: LlamaBackend,
+        engine: Engine[Any],
+        template: ChatTemplate | None,
     ) -> None:
+        self._arguments = arguments
+        self._cutter = MessageCutter(backend.control_tokens())
         self._link = link
         self._backend = backend
         self._engine = engine
@@ -147,6 +160,9 @@ class Service:
                 self._give(output)
             self._link.flush()
             self._link.heartbeat()
+            # It is mapped, not copied: what is written into the file is computed with.
+            if not self._arguments.mark.holds_the_same(Mark.of(self._arguments.file)):
+                _fail(EXIT_MODEL_CHANGED, f"{self._arguments.path} was written to while in use")
 
     def _take(self, incoming: Incoming) -> None:
         match incoming:
@@ -186,16 +202,22 @@ class Service:
 
     def _tokens(self, message: Mapping[str, Value]) -> list[int]:
         messages = message.get("messages")
+        cut, tokenise = self._cutter.cut, self._backend.tokenise
         if message["operation"] == "complete":
-            return self._backend.tokenise(str(message["prompt"]), parse_special=False)
+            return tokenise(pieces(cut(str(message["prompt"]))), parse_special=False)
         assert isinstance(messages, Sequence)
         if self._template is None:
             raise BadCall("this model has no chat template that can be used", "no_chat_template")
+        conversation = [
+            {"role": str(m["role"]), "content": cut(str(m["content"]))}
+            for m in messages
+            if isinstance(m, Mapping)
+        ]
         try:
-            conversation = [dict(m) for m in messages if isinstance(m, Mapping)]
-            return self._backend.tokenise(self._template.render(conversation), parse_special=True)
+            prompt = self._template.render(conversation)
         except TemplateError as error:
             raise BadCall(str(error), "chat_template") from None
+        return tokenise(pieces(prompt), parse_special=True)
 
     def _give(self, output: Output) -> None:
         timing = self._timings[output.job]
@@ -241,16 +263,41 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def _loading(arguments: Arguments) -> BackendConfig:
+    """For llama.cpp: the file is opened anew through its descriptor, never by its name."""
+    return BackendConfig(
+        path=f"/proc/self/fd/{arguments.file}",
+        slots=arguments.slots,
+        context_tokens=arguments.context_tokens,
+        threads=arguments.threads,
+        gpu_layers=arguments.gpu_layers,
+    )
+
+
+def _fail(status: int, why: str) -> NoReturn:
+    os.write(2, f"{why}\n".encode())
+    os._exit(status)
+
+
 def serve(link: Link) -> None:
     """Load, measure, say hello, and work."""
     started_s = time.monotonic()
-    config = BackendConfig(**json.loads(sys.argv[1]))
+    arguments = Arguments.from_text(sys.argv[1])
     try:
-        backend = LlamaBackend(config)
+        header = read_gguf(arguments.file)
+    except GgufError as error:
+        link.hello({"refused": str(error), "code": error.code})
+        while not isinstance(link.receive(None), Closed):
+            pass
+        return
+    facts = describe_model(header, Path(arguments.path), arguments.digest, arguments.family)
+    try:
+        backend = LlamaBackend(_loading(arguments))
     except (ModelUnusable, ImportError, OSError) as error:
-        os.write(2, f"{type(error).__name__}: {error}\n".encode())
-        os._exit(EXIT_MODEL_UNUSABLE)
-    measured = measure(backend, config.slots)
+        _fail(EXIT_MODEL_UNUSABLE, f"{type(error).__name__}: {error}")
+    if Mark.of(arguments.file) != arguments.mark:
+        _fail(EXIT_MODEL_CHANGED, f"{arguments.path} changed after it was verified")
+    measured = measure(backend, arguments.slots)
     template, template_error = None, ""
     if source := backend.chat_template:
         try:
@@ -258,13 +305,14 @@ def serve(link: Link) -> None:
         except TemplateError as error:
             template_error = str(error)
     # A batch must hold a token of every slot beside the chunk.
-    chunk = min(measured.chunk_tokens, BATCH_TOKENS_MAX - config.slots)
+    chunk = min(measured.chunk_tokens, BATCH_TOKENS_MAX - arguments.slots)
     sizes = EngineConfig(
-        slots=config.slots, context_tokens=backend.context_tokens, chunk_tokens=chunk
+        slots=arguments.slots, context_tokens=backend.context_tokens, chunk_tokens=chunk
     )
     engine = Engine(backend, sizes)
     link.hello(
         {
+            "model": facts_to_wire(facts),
             "prefill_tokens_per_s": measured.prefill_tokens_per_s,
             "decode_tokens_per_s": measured.decode_tokens_per_s,
             "decode_tokens_per_s_by_batch": {
@@ -281,7 +329,7 @@ def serve(link: Link) -> None:
             "resident_bytes": _resident_bytes(),
         }
     )
-    Service(link, backend, engine, template).run()
+    Service(arguments, link, backend, engine, template).run()
 
 
 if __name__ == "__main__":
