@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ from tests.shell.support_log import KeptLog
 from meshd.core.effects import Address
 from meshd.core.frame_codec import decode, encode
 from meshd.core.frames import CallHeader, Frame, Hello
+from meshd.shell.gate import Gate
 from meshd.shell.streams import Handler, IncomingCall, PeerStreams, StreamConfig
-from meshd.trust.enrolment import enrol, write_enrolment
-from meshd.trust.identity import Identity, init_mesh
+from meshd.trust.identity import Identity, admit, init_mesh
 from meshd_cms.types import Epoch, NodeId, Value
 
 P = ParamSpec("P")
@@ -41,13 +42,32 @@ def trio_test(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
     return run
 
 
+def on_stopped_clock(test: Callable[[trio.testing.MockClock], Awaitable[None]]) -> None:
+    """Run it under trio with a clock that only the test moves: no deadline passes because a machine is slow.
+
+    One that hangs, by the real clock, fails.
+    """
+    clock = trio.testing.MockClock()
+
+    async def main() -> None:
+        with trio.CancelScope() as scope:
+            end = trio.lowlevel.current_trio_token().run_sync_soon
+            timer = threading.Timer(TEST_DEADLINE_S, end, (scope.cancel,))
+            timer.start()
+            try:
+                await test(clock)
+            finally:
+                timer.cancel()
+        assert not scope.cancelled_caught, f"not done in {TEST_DEADLINE_S} s"
+
+    trio.run(main, clock=clock)
+
+
 def identities(folder: Path, count: int, name: str = "home") -> list[Identity]:
     """Nodes of one mesh, ascending by node id."""
     folder.mkdir(exist_ok=True)
-    file = folder / "enrolment"
     members = [init_mesh(folder / "0", name)]
-    write_enrolment(folder / "0", file)
-    members += [enrol(folder / str(number), file) for number in range(1, count)]
+    members += [admit(members[0], folder / str(number)) for number in range(1, count)]
     return sorted(members, key=lambda identity: identity.node_id)
 
 
@@ -88,6 +108,7 @@ async def peer(
     *,
     epoch: int = 1,
     port: int = 0,
+    gate: Gate | None = None,
 ) -> AsyncIterator[Peer]:
     """A running peer; leaving kills it."""
     listeners = await trio.open_tcp_listeners(port, host="127.0.0.1")
@@ -104,6 +125,7 @@ async def peer(
         load=lambda: LOAD,
         on_load=lambda node, load: loads.append((node, load)),
         log=log,
+        gate=gate,
     )
     killed = trio.CancelScope()
 

@@ -1,26 +1,32 @@
-"""Founding a mesh, enrolling into it, and every way in which the files can be wrong."""
+"""Founding a mesh, letting others in, and every way in which the files can be wrong."""
 
 from __future__ import annotations
 
-import base64
+import datetime
 import os
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from meshd.trust.enrolment import enrol, write_enrolment
-from meshd.trust.identity import init_mesh, load_identity
+from meshd.trust.certificates import (
+    CertificateError,
+    Role,
+    authorities_of,
+    mesh_id_of,
+    verify_authorities,
+    verify_chain,
+)
+from meshd.trust.identity import Identity, admit, init_mesh, load_identity
 from meshd.trust.identity_errors import (
-    EnrolmentError,
-    EnrolmentFileExists,
     IdentityDamaged,
     IdentityError,
     IdentityExists,
     IdentityUnreadable,
     IdentityUnsafe,
     NoIdentity,
-    NotTheRoot,
+    NotAnIssuer,
 )
 from meshd.trust.keys import verify
 from meshd_cms.types import node_id_of, node_id_text
@@ -33,6 +39,7 @@ ALL_FILES = {
     "node.key",
     "node.crt",
     "datagram.key",
+    "authority.crt",
 }
 
 
@@ -75,9 +82,11 @@ def test_the_certificate_says_what_the_protocol_page_says(tmp_path: Path) -> Non
     assert certificate.subject.rfc4514_string() == f"CN={text}"
     names_of = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     uris = names_of.get_values_for_type(x509.UniformResourceIdentifier)
-    assert uris == [f"meshd://{identity.mesh_id.hex()}/{text}"]
-    assert certificate.not_valid_before_utc.year == 1970  # boards without a clock chip
-    assert certificate.not_valid_after_utc.year == 9999
+    mesh = f"meshd://{identity.mesh_id.hex()}"
+    assert uris == [f"{mesh}/{text}", f"{mesh}/role/issuer"]
+    assert certificate.issuer.rfc4514_string() == f"CN={text},OU=ca"
+    lasts = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+    assert lasts == datetime.timedelta(days=28, hours=1)
     constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
     assert not constraints.ca
 
@@ -95,19 +104,19 @@ def test_signatures(tmp_path: Path) -> None:
 
 
 def test_without_an_identity_the_message_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(NoIdentity, match=r"`meshd init NAME`.*`meshd init --enrol FILE`"):
+    with pytest.raises(NoIdentity, match=r"`meshd init NAME`.*`meshd join TOKEN`"):
         load_identity(tmp_path)
 
 
 def test_an_identity_is_never_overwritten(tmp_path: Path) -> None:
     founded = init_mesh(tmp_path, "home")
-    write_enrolment(tmp_path, tmp_path / "file")
+    other = init_mesh(tmp_path / "other", "other")
     with pytest.raises(IdentityExists, match="belongs to a mesh already"):
         init_mesh(tmp_path, "other")
     with pytest.raises(IdentityExists):
-        enrol(tmp_path, tmp_path / "file")
+        admit(other, tmp_path)
     assert load_identity(tmp_path).node_id == founded.node_id
-    assert names(tmp_path) == {"identity", "file"}
+    assert names(tmp_path) == {"identity", "other"}
 
 
 @pytest.mark.parametrize("name", ["", "Home", "ho me", '"', "-home", "home-", "x" * 64, "höme"])
@@ -199,70 +208,82 @@ def test_a_state_dir_that_cannot_be_made_is_said(tmp_path: Path) -> None:
         init_mesh(tmp_path / "file" / "state", "home")
 
 
-def test_an_enrolled_node_is_of_the_mesh_and_holds_no_root_key(tmp_path: Path) -> None:
+# -- letting others in -------------------------------------------------------------------------------------
+
+
+def appointed(founder: Identity, folder: Path) -> list[Identity]:
+    """The founder, and issuers each let in by the one before."""
+    return [founder, admit(founder, folder / "issuer", role=Role.ISSUER)]
+
+
+def test_the_mesh_id_is_the_hash_of_the_root_key(tmp_path: Path) -> None:
+    identity = init_mesh(tmp_path, "home")
+    key = identity.root.public_key()
+    assert isinstance(key, Ed25519PublicKey)
+    assert identity.mesh_id == mesh_id_of(key)
+    assert identity.root.subject.rfc4514_string() == f"CN=meshd root {identity.mesh_id.hex()}"
+
+
+def test_one_that_was_let_in_is_of_the_mesh_and_holds_no_root_key(tmp_path: Path) -> None:
     founder = init_mesh(tmp_path / "1", "home")
-    file = tmp_path / "enrolment"
-    write_enrolment(tmp_path / "1", file)
-    assert file.stat().st_mode & 0o777 == 0o600
-    assert "WHOEVER HOLDS THIS FILE CAN JOIN" in file.read_text()
-    second, third = enrol(tmp_path / "2", file), enrol(tmp_path / "3", file)
+    second, third = admit(founder, tmp_path / "2"), admit(founder, tmp_path / "3")
     assert len({founder.node_id, second.node_id, third.node_id}) == 3
     for node in (second, third):
         assert (node.mesh_id, node.mesh_name) == (founder.mesh_id, "home")
-        assert node.datagram_key == founder.datagram_key
-        assert not node.is_founder
-    assert names(tmp_path / "2/identity") == ALL_FILES - {"root.key"}
-    with pytest.raises(NotTheRoot, match="`meshd init` founded"):
-        write_enrolment(tmp_path / "2", tmp_path / "more")
+        assert (node.key_generation, node.datagram_key) == (0, founder.datagram_key)
+        assert (node.role, node.is_founder, node.is_issuer) == (Role.MEMBER, False, False)
+        assert node.credential.issuer == founder.node_id
+    assert names(tmp_path / "2/identity") == ALL_FILES - {"root.key", "authority.crt"}
+    with pytest.raises(NotAnIssuer, match="the node that founded the mesh"):
+        admit(second, tmp_path / "4")
+    assert not (tmp_path / "4").exists()
 
 
-def test_the_root_key_does_not_travel(tmp_path: Path) -> None:
-    init_mesh(tmp_path / "1", "home")
-    write_enrolment(tmp_path / "1", tmp_path / "enrolment")
-    pem = (tmp_path / "1/identity/root.key").read_text().splitlines()[1]
-    secret = base64.b64decode(pem)[-32:]
-    lines = (tmp_path / "enrolment").read_text().splitlines()
-    body = [line for line in lines if line and not line.startswith(("#", "-"))]
-    assert secret not in base64.b64decode("".join(body))
+def test_issuers_let_in_issuers_down_to_the_last_rank(tmp_path: Path) -> None:
+    founder, second = appointed(init_mesh(tmp_path / "1", "home"), tmp_path)
+    member = admit(second, tmp_path / "member", role=Role.OBSERVER)
+    assert member.role is Role.OBSERVER
+    assert authorities_of(member.chain) == (second.node_id, founder.node_id)
+    assert verify_authorities(second.authority, founder.root) == second.node_id
+    with pytest.raises(NotAnIssuer, match="--role issuer"):
+        admit(second, tmp_path / "fourth", role=Role.ISSUER)
 
 
-def test_an_enrolment_file_never_overwrites(tmp_path: Path) -> None:
-    init_mesh(tmp_path, "home")
-    (tmp_path / "file").write_text("precious")
-    with pytest.raises(EnrolmentFileExists):
-        write_enrolment(tmp_path, tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "precious"
+def test_a_renewed_chain_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    founder = init_mesh(tmp_path / "1", "home")
+    member, other = admit(founder, tmp_path / "2"), admit(founder, tmp_path / "3")
+    renewed = member.with_chain(
+        founder.issue(member.signer.public_key, Role.MEMBER, 2_000_000_000.0, 2.0)
+    )
+    assert renewed.credential.not_before_s == 2_000_000_000.0 - 3_600.0
+    assert renewed.credential.not_after_s == 2_000_000_000.0 + 2 * 86_400.0
+    assert renewed.client_context is not member.client_context
+    with pytest.raises(CertificateError, match="another node"):
+        member.with_chain(other.chain)
+    stranger = init_mesh(tmp_path / "4", "home")
+    foreign = stranger.issue(member.signer.public_key, Role.MEMBER, 0.0)
+    with pytest.raises(CertificateError):
+        member.with_chain(foreign)
 
 
-def test_a_damaged_enrolment_file_does_nothing(tmp_path: Path) -> None:
-    init_mesh(tmp_path / "1", "home")
-    write_enrolment(tmp_path / "1", tmp_path / "good")
-    good = (tmp_path / "good").read_text()
-    lines = good.splitlines(keepends=True)
-    first = next(index for index, line in enumerate(lines) if line.startswith("-----BEGIN")) + 1
+def test_chains_that_do_not_lead_to_the_root_are_refused(tmp_path: Path) -> None:
+    founder, second = appointed(init_mesh(tmp_path / "1", "home"), tmp_path)
+    root = founder.root
+    member = admit(second, tmp_path / "member")
+    stranger = init_mesh(tmp_path / "other", "home")
     wrong = {
-        "empty": "",
-        "other": "hello",
-        "cut": "".join(lines[:-3]),
-        "line_lost": "".join(lines[: first + 2] + lines[first + 3 :]),
-        "changed": good.replace(lines[first + 4], lines[first + 4].swapcase()),
-        "no_base64": good.replace(lines[first + 4], "!?\n"),
-        "newer": good.replace(lines[first], "B" + lines[first][1:]),
-        "huge": good + "#" * 100_000,
+        "nothing": (),
+        "a gap": (member.chain[0], *member.chain[2:]),
+        "the wrong order": (member.chain[0], *reversed(member.chain[1:])),
+        "another mesh": stranger.chain,
+        "a leaf of ours under their authority": (member.chain[0], *stranger.chain[1:]),
+        "an authority in place of a node": second.authority,
+        "signed by a node": (second.chain[0], member.chain[0], member.chain[1]),
+        "too long": (member.chain[0], *second.authority, *second.authority),
     }
-    for name, text in wrong.items():
-        file = tmp_path / name
-        file.write_text(text)
-        with pytest.raises(EnrolmentError, match=str(file)):
-            enrol(tmp_path / "2", file)
-    with pytest.raises(IdentityUnreadable):
-        enrol(tmp_path / "2", tmp_path / "missing")
-    assert not (tmp_path / "2").exists()
-
-
-def test_an_enrolment_file_survives_mail_and_windows(tmp_path: Path) -> None:
-    init_mesh(tmp_path / "1", "home")
-    write_enrolment(tmp_path / "1", tmp_path / "good")
-    text = (tmp_path / "good").read_text()
-    (tmp_path / "mailed").write_bytes(("> hello\n\n" + text).replace("\n", "  \r\n").encode())
-    enrol(tmp_path / "2", tmp_path / "mailed")
+    for what, chain in wrong.items():
+        with pytest.raises(CertificateError):
+            pytest.fail(f"{what} passed: {verify_chain(chain, root)}")
+    for chain in ((), member.chain, second.authority[:1], stranger.authority):
+        with pytest.raises(CertificateError):
+            pytest.fail(f"passed for {verify_authorities(chain, root)!r}")

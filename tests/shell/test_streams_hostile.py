@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from tests.shell.support_streams import (
     BarePeer,
     answer,
@@ -15,12 +16,13 @@ from tests.shell.support_streams import (
     header,
     hello,
     identities,
+    on_stopped_clock,
     peer,
     settled,
     trio_test,
 )
 
-from meshd.core.frames import Chunk, Goaway, Hello
+from meshd.core.frames import Call, Chunk, Frame, Goaway, Hello, Ping
 from meshd.shell.streams import PeerRejected, PeerUnreachable, StreamConfig, StreamLost
 from meshd.trust.identity import init_mesh
 from meshd_cms.types import Epoch, NodeId
@@ -164,18 +166,24 @@ async def test_noise_instead_of_tls_is_counted(tmp_path: Path) -> None:
         assert await answer(bob, alice, ["x"]) == (["x"], {"count": 1})
 
 
-@trio_test
-async def test_who_never_says_hello_or_never_shakes_hands_is_closed(tmp_path: Path) -> None:
+def test_who_never_says_hello_or_never_shakes_hands_is_closed(tmp_path: Path) -> None:
     a, b = identities(tmp_path, 2)
-    async with peer(a, config=StreamConfig(dial_deadline_s=0.1)) as alice:
-        silent = await trio.open_tcp_stream(*alice.address)
-        async with bare_client(b, alice.address) as bare:
-            assert isinstance(await bare.hear(), Hello)
-            assert (await bare.hear_until_closed())[-1] == Goaway("closing")
-        await settled(lambda: alice.streams.statistics.accepts_failed == 1)
-        assert await silent.receive_some() == b""
-        await silent.aclose()
-        assert alice.streams.statistics.connections == 0
+    config = StreamConfig()
+
+    async def test(clock: trio.testing.MockClock) -> None:
+        async with peer(a, config=config) as alice:
+            silent = await trio.open_tcp_stream(*alice.address)
+            async with bare_client(b, alice.address) as bare:
+                assert isinstance(await bare.hear(), Hello)
+                await trio.testing.wait_all_tasks_blocked(0.005)  # `silent` was accepted, too
+                clock.jump(config.dial_deadline_s + 0.1)
+                assert (await bare.hear_until_closed())[-1] == Goaway("closing")
+            await settled(lambda: alice.streams.statistics.accepts_failed == 1)
+            assert await silent.receive_some() == b""
+            await silent.aclose()
+            assert alice.streams.statistics.connections == 0
+
+    on_stopped_clock(test)
 
 
 @trio_test
@@ -189,19 +197,37 @@ async def test_a_peer_that_hangs_in_the_handshake_is_unreachable(tmp_path: Path)
                 pass
 
 
-@trio_test
-async def test_a_hung_peer_fails_its_calls(tmp_path: Path) -> None:
+def test_a_hung_peer_fails_its_calls(tmp_path: Path) -> None:
     a, b = identities(tmp_path, 2)
+    config = StreamConfig()
+    heard: list[type[Frame]] = []
 
     async def hang(bare: BarePeer) -> None:
         await bare.say(hello(b))
-        await trio.sleep_forever()
+        while (frame := await bare.hear()) is not None:
+            heard.append(type(frame))
 
-    config = StreamConfig(ping_interval_s=0.05, ping_deadline_s=0.05)
-    async with peer(a, config=config) as alice, bare_server(b, hang) as address:
-        with pytest.raises(StreamLost, match="silent"):
-            async with alice.streams.call(b.node_id, address, header(), None) as call:
-                await call.receive()
+    async def test(clock: trio.testing.MockClock) -> None:
+        async def let_time_pass() -> None:
+            await settled(lambda: Call in heard)
+            assert Ping not in heard
+            clock.jump(config.ping_interval_s + 0.1)
+            await settled(lambda: Ping in heard)
+            clock.jump(config.ping_deadline_s + 0.1)
+
+        async with (
+            peer(a, config=config) as alice,
+            bare_server(b, hang) as address,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(let_time_pass)
+            with pytest.raises(StreamLost, match="silent"):
+                async with alice.streams.call(
+                    b.node_id, address, header(remaining_s=100.0), None
+                ) as call:
+                    await call.receive()
+
+    on_stopped_clock(test)
 
 
 @trio_test

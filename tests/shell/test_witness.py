@@ -11,9 +11,12 @@ import trio
 import trio.testing
 from tests.shell.support_streams import settled, trio_test
 
+from meshd.core.decrees import Decree, DecreeKind, Decrees
 from meshd.core.effects import Address
 from meshd.core.sealing import Opener, Sealer
+from meshd.shell.gate import Gate
 from meshd.shell.witness import WITNESS_BYTE, WitnessStreams, first_byte
+from meshd.trust.mesh_clock import MeshClock
 from meshd_cms.types import Epoch, MeshId, NodeId
 
 KEY = bytes(32)
@@ -33,13 +36,16 @@ class Post:
 
 
 @asynccontextmanager
-async def post(node: NodeId, epoch: int = 7, key: bytes = KEY) -> AsyncGenerator[Post]:
+async def post(
+    node: NodeId, epoch: int = 7, key: bytes = KEY, gate: Gate | None = None
+) -> AsyncGenerator[Post]:
     ended: list[tuple[NodeId, int, bool]] = []
     witness = WitnessStreams(
         node,
         Sealer(key, MESH, node, Epoch(epoch)),
         Opener((key,), MESH, node),
         lambda there, life, evident: ended.append((there, life, evident)),
+        gate,
     )
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     here = Post(node, witness, ("127.0.0.1", listener.socket.getsockname()[1]), ended)
@@ -147,3 +153,44 @@ async def test_a_knock_tells_nobody_there_from_somebody_there() -> None:
             address = other.address
             assert not await one.witness.knock(address)
         assert await one.witness.knock(address)
+
+
+def revoked(node: NodeId) -> Decrees:
+    decree = Decree(DecreeKind.REVOCATION, THIRD, 1, 0.0, b"raw", node=node)
+    decrees = Decrees(lambda _raw: decree)
+    decrees.load([decree.raw])
+    return decrees
+
+
+@trio_test
+async def test_who_dials_learns_the_clock_of_who_answers_and_not_the_other_way_round() -> None:
+    """A member can seal in the name of any other, and cannot answer at its address."""
+    year_s = 365 * 86_400.0
+    gates = {
+        ONE: Gate(MeshClock(), wall_s=lambda: 1_800_000_000.0),
+        OTHER: Gate(MeshClock(), wall_s=lambda: 1_800_000_000.0 + year_s),
+    }
+    async with post(ONE, gate=gates[ONE]) as one, post(OTHER, gate=gates[OTHER]) as other:
+        one.witness.watch(OTHER, other.address)
+        await settled(lambda: are_up(one, other))
+        assert gates[ONE].own_offset_s() < -year_s + 60.0
+        assert gates[OTHER].own_offset_s() == 0.0
+
+
+@trio_test
+async def test_who_is_revoked_gets_no_stream() -> None:
+    gate = Gate(MeshClock(), revoked(ONE))
+    async with post(ONE) as one, post(OTHER, gate=gate) as other:
+        one.witness.watch(OTHER, other.address)
+        await settled(lambda: one.ended == [(OTHER, 0, False)])
+        assert other.witness.statistics.refused == 1
+
+
+@trio_test
+async def test_who_is_cut_off_is_told_nothing_and_we_take_it_for_no_evidence() -> None:
+    async with post(ONE) as one, post(OTHER) as other:
+        one.witness.watch(OTHER, other.address)
+        await settled(lambda: are_up(one, other))
+        other.witness.cut(ONE)
+        await settled(lambda: other.ended == [(ONE, 7, False)])
+        await settled(lambda: one.ended == [(OTHER, 7, True)])

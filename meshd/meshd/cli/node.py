@@ -65,56 +65,25 @@ def run(
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name")
 @click.option(
     "--state-dir", type=click.Path(path_type=Path), help="Where this node keeps its keys."
 )
-@click.option(
-    "--enrolment",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write a file with which other nodes can join. It is secret.",
-)
-@click.option(
-    "--enrol",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Join the mesh that this enrolment file is of.",
-)
 @json_option
 @pass_settings
-def init(
-    settings: Settings,
-    name: str | None,
-    state_dir: Path | None,
-    enrolment: Path | None,
-    enrol: Path | None,
-) -> None:
-    """Found a mesh called NAME, or join one.
+def init(settings: Settings, name: str, state_dir: Path | None) -> None:
+    """Found a mesh called NAME, with this node as its first.
 
-    The first node: meshd init home --enrolment home.enrol
-
-    Other nodes, with that file: meshd init --enrol home.enrol
-
-    Another file later, on the first node: meshd init --enrolment more.enrol
+    Every other device joins it: `meshd invite` here, then `meshd join TOKEN` there.
     """
-    if (name is None and enrolment is None) == (enrol is None):
-        raise click.UsageError(
-            "either NAME founds a mesh, or --enrolment FILE writes an enrolment file, "
-            "or --enrol FILE joins a mesh"
-        )
     if state_dir is None:
         state_dir = settings.config().node.state_dir
-    from meshd.trust import enrolment as enrolling
-    from meshd.trust.identity import init_mesh, load_identity
+    from meshd.trust.identity import init_mesh
     from meshd.trust.identity_errors import IdentityError
     from meshd_cms import node_id_text
 
     try:
-        if enrol is not None:
-            identity = enrolling.enrol(state_dir, enrol)
-        else:
-            identity = load_identity(state_dir) if name is None else init_mesh(state_dir, name)
-        if enrolment is not None:
-            enrolling.write_enrolment(state_dir, enrolment)
+        identity = init_mesh(state_dir, name)
     except IdentityError as error:
         raise CommandError(str(error), Exit.FAILED) from error
     node = node_id_text(identity.node_id)
@@ -122,18 +91,16 @@ def init(
         print_json(
             {
                 "mesh": identity.mesh_name,
+                "mesh_id": identity.mesh_id.hex(),
                 "node": node,
                 "state_dir": str(state_dir),
-                "enrolment": None if enrolment is None else str(enrolment),
             }
         )
         return
     click.echo(f"mesh {identity.mesh_name}, node {node}, keys in {state_dir}")
-    if enrolment is not None:
-        click.echo(
-            f"{enrolment}: copy it to another device, run `meshd init --enrol {enrolment.name}` there, "
-            "then delete the copies"
-        )
+    click.echo(
+        f"{state_dir / 'identity' / 'root.key'} is the root of the mesh: keep a copy off this device"
+    )
 
 
 @click.command()

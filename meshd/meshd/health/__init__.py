@@ -23,6 +23,8 @@ from meshd.health.facts import (
     StrangerFact,
     Trouble,
     TroubleKind,
+    TrustFacts,
+    WorkerFact,
 )
 from meshd.health.findings import Code, Finding, Severity
 from meshd.health.report import CHECKS, Report, Tally, examine
@@ -50,5 +52,7 @@ __all__ = [
     "Tally",
     "Trouble",
     "TroubleKind",
+    "TrustFacts",
+    "WorkerFact",
     "examine",
 ]

@@ -11,7 +11,9 @@ from meshd.health.findings import Code, Finding, Severity
 from meshd.health.wording import lasting, listed, times
 
 CLOCK_OFF_S: Final = 10.0  # names, logs and ages of files are then misleading; nothing else breaks
-CLOCK_BROKEN_S: Final = 3600.0  # certificates may seem to be of the future, or expired
+CLOCK_BROKEN_S: Final = (
+    3600.0  # no accident; certificates are judged by the mesh's clock and bear it
+)
 CLOCK_EARLIEST_S: Final = 1_735_689_600.0  # 2025-01-01: this software is younger than that
 EPOCH_AHEAD_S: Final = 60.0
 STALLS_MAX: Final = 2  # of the window; the odd one is a kernel update or a slow card
@@ -46,8 +48,8 @@ def daemon_down(facts: Facts) -> Iterator[Finding]:
             "Mend the file; `meshd run` says the same until then.",
         ),
         TroubleKind.IDENTITY: (
-            Code.NOT_ENROLLED,
-            "`meshd init NAME` founds a mesh, `meshd init --enrol FILE` joins one.",
+            Code.NO_IDENTITY,
+            "`meshd init NAME` founds a mesh, `meshd join TOKEN` joins one (`meshd invite` on a node of it prints the token).",
         ),
         TroubleKind.PORT: (
             Code.PORT_TAKEN,
@@ -110,6 +112,22 @@ def load(facts: Facts) -> Iterator[Finding]:
             f"This node trusts its own view little: its health score is {seen.local_health} of 8.",
             "Its probes go unanswered, or others suspect it: if other findings name no cause, look at the "
             "quality of its network link (`ping` a peer, `iw dev wlan0 link`).",
+        )
+
+
+def workers(facts: Facts) -> Iterator[Finding]:
+    """Worker processes that are not locked in as they should be."""
+    if facts.daemon is None:
+        return
+    exposed = {w.name: w.exposed for w in facts.daemon.workers if w.exposed}
+    for steps in sorted(set(exposed.values())):
+        names = sorted(name for name, found in exposed.items() if found == steps)
+        yield Finding(
+            Code.WORKER_EXPOSED,
+            Severity.WARNING,
+            f"The system does not let {listed(names)} be locked in wholly: {'; '.join(steps)}.",
+            "What runs there (a model, a plugin) could do more harm if it were taken over. A kernel with "
+            "Landlock and seccomp allows every step, and so does our systemd unit.",
         )
 
 

@@ -22,6 +22,7 @@ _OFFENCES: Final[Mapping[str, str]] = {
     "record_rejected": "sent records that prove nothing {times}",
     "joins_excess": "asked to join far too often, {times}",
     "version_unfounded": "promised versions that do not exist {times}",
+    "decree_rejected": "sent decrees that no authority signed {times}",
     "malformed": "sent what cannot be read {times}",
 }
 
@@ -104,8 +105,8 @@ def strangers(facts: Facts) -> Iterator[Finding]:
             Code.OTHER_MESH,
             Severity.NOTE,
             f"Nodes of another mesh are near: {listed(others)}.",
-            "Two meshes share a network without harm. If it was to be one, run `meshd init --enrol FILE` "
-            "there with an enrolment file of this mesh.",
+            "Two meshes share a network without harm. If it was to be one, move the folder identity away there "
+            "and join this one: `meshd invite` here, `meshd join TOKEN` there.",
         )
     if unsealed := by_reason[DropReason.BAD_SEAL]:
         yield Finding(
@@ -113,7 +114,7 @@ def strangers(facts: Facts) -> Iterator[Finding]:
             Severity.WARNING,
             f"Datagrams that name this mesh and were not sealed with its key come from {_sources(unsealed)}.",
             "Somebody there has this mesh's id and not its key (a node of an earlier mesh of that name, an "
-            "enrolment cut short), or forges: enrol it again, or keep it off the network.",
+            "key rotation missed), or forges: let it join again, or keep it off the network.",
         )
     if foreign := by_reason[DropReason.WRONG_FORMAT]:
         yield Finding(
@@ -214,7 +215,7 @@ def _identity(daemon: DaemonFacts) -> Iterator[Finding]:
             Severity.ERROR,
             sentence,
             "A state folder or card image was copied with its keys: stop one of the two, empty its "
-            "state folder, and enrol it (`meshd init --enrol FILE`).",
+            "state folder, and let it join (`meshd invite` here, `meshd join TOKEN` there).",
         )
 
 
@@ -234,7 +235,7 @@ def offences(facts: Facts) -> Iterator[Finding]:
                 Severity.WARNING,
                 f"{name} {listed(told)}.",
                 "It is bounded and does no harm here: it runs broken or hostile software, or its link to "
-                "the rest is cut one way. Look at it, and enrol the mesh anew without it if it lies.",
+                "the rest is cut one way. Look at it, and shut it out (`meshd revoke NODE`) if it lies.",
             )
 
 

@@ -135,6 +135,29 @@ class ClockFacts:
     epoch_ms: int | None = None  # of this node, where it is known
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerFact:
+    """A worker process."""
+
+    name: str
+    exposed: tuple[str, ...] = ()  # steps of its isolation that matter and do not hold, and why
+
+
+@dataclass(frozen=True, slots=True)
+class TrustFacts:
+    """This node's certificate, keys and clock in its mesh; times by the mesh's clock."""
+
+    left_s: float  # until the certificate ends; negative: since
+    renewal_overdue_s: float  # since it was due; negative: until
+    key_generation: int  # that this node seals with
+    standing_code: str = ""  # why peers serve it nothing, "" when they do
+    standing: str = ""  # the same as a sentence, without its point
+    last_error: str = ""  # of the last try to renew
+    wanted_generation: int | None = None  # of a datagram key that is in force and not here
+    clock_ahead_s: float = 0.0  # of the mesh's
+    issuers: tuple[str, ...] = ()  # names
+
+
 class TroubleKind(Enum):
     """Why a daemon that is not running could not start now."""
 
@@ -177,6 +200,7 @@ class DaemonFacts:
     mdns: MdnsFacts
     disk: DiskFacts
     load: LoadFacts
+    workers: tuple[WorkerFact, ...] = ()
     peers: tuple[PeerFact, ...] = ()
     seeds: tuple[SeedFact, ...] = ()
     remembered: int = 0  # addresses of the last run that were tried
@@ -189,6 +213,7 @@ class DaemonFacts:
         default_factory=dict[str, Mapping[str, int]]
     )
     differences: tuple[StoreDifference, ...] | None = None
+    trust: TrustFacts | None = None
 
 
 @dataclass(frozen=True, slots=True)

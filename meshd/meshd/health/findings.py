@@ -26,17 +26,22 @@ class Code(StrEnum):
     DAEMON_DOWN = "daemon_down"
     SOCKET_DENIED = "socket_denied"
     CONFIG_WRONG = "config_wrong"
-    NOT_ENROLLED = "not_enrolled"
+    NO_IDENTITY = "no_identity"
     PORT_TAKEN = "port_taken"
     # Of this machine's disk, load and clock
     DISK_REFUSES = "disk_refuses"
     STATE_SET_ASIDE = "state_set_aside"
     OVERLOADED = "overloaded"
     HEALTH_LOW = "health_low"
+    WORKER_EXPOSED = "worker_exposed"
     CLOCK_UNSET = "clock_unset"
     CLOCK_OFF = "clock_off"
     PEER_CLOCK_OFF = "peer_clock_off"
     EPOCH_AHEAD = "epoch_ahead"
+    # Of this node's standing in its mesh
+    CERTIFICATE_BAD = "certificate_bad"
+    CERTIFICATE_ENDING = "certificate_ending"
+    KEY_BEHIND = "key_behind"
     # Of the network
     NO_NETWORK = "no_network"
     BRIDGE_ADDRESS = "bridge_address"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from meshd.health import check_machine, check_mesh, check_network
+from meshd.health import check_machine, check_mesh, check_network, check_trust
 from meshd.health.facts import Facts
 from meshd.health.findings import Finding, Severity
 
@@ -16,8 +16,12 @@ CHECKS: Final[tuple[Check, ...]] = (
     check_machine.daemon_down,
     check_machine.disk,
     check_machine.load,
+    check_machine.workers,
     check_machine.sending,
     check_machine.clock,
+    check_trust.certificate,
+    check_trust.keys,
+    check_trust.mesh_clock,
     check_network.interfaces,
     check_network.multicast,
     check_network.mdns,

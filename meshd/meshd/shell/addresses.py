@@ -149,6 +149,11 @@ def interface_addresses(family: socket.AddressFamily = socket.AF_INET) -> tuple[
     return tuple(sorted(found, key=is_loopback))
 
 
+def all_addresses() -> tuple[str, ...]:
+    """Addresses of both families of all interfaces that are up, loopback among them."""
+    return (*interface_addresses(socket.AF_INET), *interface_addresses(socket.AF_INET6))
+
+
 def outward_addresses(family: socket.AddressFamily = socket.AF_INET) -> tuple[str, ...]:
     """Addresses of all interfaces that are up, without loopback."""
     return tuple(address for address in interface_addresses(family) if not is_loopback(address))

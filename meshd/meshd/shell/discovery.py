@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -46,11 +47,15 @@ _T = TypeVar("_T")
 SERVICE_TYPE = "_meshd._tcp.local."
 PROTOCOL_VERSION = "1"
 HINTS_MAX = 256  # bound of the channel from zeroconf's thread
-RESOLVE_DEADLINE_MS = 3_000
+RESOLVE_DEADLINE_MS = 1_000
+"""For one name. They are resolved one after the other, so names made up by others cost so much each."""
+_INSTANCE = re.compile(r"[A-Za-z0-9-]{1,63}\._meshd\._tcp\.local\.")
 RETRY_FIRST_S = 1.0
 RETRY_MAX_S = 60.0
 TXT_VALUE_BYTES_MAX = 200  # one TXT string holds 255 bytes with its key
 CLOSE_DEADLINE_S = 2.0
+JOINABLE_KEY, JOINABLE = "join", "pin"  # TXT of a node that shows a PIN
+INVITERS_MAX = 16  # nodes that show a PIN, of those that were found
 STRANGERS_MAX = 32  # addresses of other meshes that are kept for a person to look for
 
 
@@ -90,8 +95,15 @@ class _Listener(ServiceListener):
         self._post = post
 
     def add_service(self, zc: Zeroconf, type_: str, name: str) -> None:
-        info = ServiceInfo(type_, name)
-        if info.request(zc, RESOLVE_DEADLINE_MS):
+        """What a name stands for; anybody can announce any name, and what is raised here ends the browsing."""
+        if not _INSTANCE.fullmatch(name):
+            return
+        try:
+            info = ServiceInfo(type_, name)
+            is_resolved = info.request(zc, RESOLVE_DEADLINE_MS)
+        except (ZeroconfError, ValueError, OSError):
+            return
+        if is_resolved:
             self._post(info)
 
     def update_service(self, zc: Zeroconf, type_: str, name: str) -> None:
@@ -268,3 +280,49 @@ def _is_a_host(address: str) -> bool:
     """Whether it is the address of one machine: anybody on the link can announce any."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     return not (ip.is_unspecified or ip.is_multicast or ip.is_reserved)
+
+
+async def find_inviters(
+    interfaces: Sequence[str], *, longest_s: float, settle_s: float
+) -> tuple[tuple[Address, ...], ...]:
+    """The addresses of each node on these interfaces (all of one family) that shows a PIN now.
+
+    Returns `settle_s` after the first was found, or after `longest_s`; nothing is announced.
+
+    Raises:
+        OSError, zeroconf.Error: the network refused.
+    """
+    send, receive = trio.open_memory_channel[ServiceInfo](HINTS_MAX)
+    token = trio.lowlevel.current_trio_token()
+
+    def deliver(info: ServiceInfo) -> None:
+        with suppress(trio.WouldBlock, trio.BrokenResourceError):
+            send.send_nowait(info)
+
+    def post(info: ServiceInfo) -> None:
+        with suppress(trio.RunFinishedError):
+            token.run_sync_soon(deliver, info)
+
+    family = IPVersion.V6Only if any(":" in each for each in interfaces) else IPVersion.V4Only
+    found: dict[str, tuple[Address, ...]] = {}
+    zeroconf = await trio.to_thread.run_sync(
+        partial(Zeroconf, interfaces=list(interfaces), ip_version=family)
+    )
+    try:
+        ServiceBrowser(zeroconf, SERVICE_TYPE, _Listener(post))
+        with trio.move_on_after(longest_s) as limit:
+            async for info in receive:
+                properties = info.decoded_properties
+                addresses = tuple(
+                    (address, info.port)
+                    for address in info.parsed_addresses(family)
+                    if info.port and _is_a_host(address)
+                )
+                shows_pin = properties.get(JOINABLE_KEY) == JOINABLE
+                if shows_pin and addresses and len(found) < INVITERS_MAX:
+                    limit.deadline = min(limit.deadline, trio.current_time() + settle_s)
+                    found[info.name] = addresses
+    finally:
+        with trio.move_on_after(CLOSE_DEADLINE_S, shield=True):
+            await trio.to_thread.run_sync(zeroconf.close, abandon_on_cancel=True)
+    return tuple(found.values())

@@ -12,6 +12,7 @@ import trio
 from meshd.core.frames import CallHeader, End, Error, Refuse, UnsendableError
 from meshd.core.mux import CallState, ChunkReceived, MuxConfig
 from meshd.shell.stream_errors import RemoteFailed, RemoteRefused, StreamLost
+from meshd.trust.tls import PeerProof
 from meshd_cms.types import NodeId, Value
 
 if TYPE_CHECKING:
@@ -40,10 +41,21 @@ _Outcome: TypeAlias = End | Refuse | Error | StreamLost
 class OutgoingCall:
     """A call of ours in flight.
 
-    `trailer` and `load` are set once `receive` gave None; before, they are None.
+    `trailer` and `load` are set once `receive` gave None; before, they are None. `sent_bytes` is what the
+    request took on the line.
     """
 
-    __slots__ = ("_connection", "_inbox", "_outbox", "_outcome", "id", "load", "peer", "trailer")
+    __slots__ = (
+        "_connection",
+        "_inbox",
+        "_outbox",
+        "_outcome",
+        "id",
+        "load",
+        "peer",
+        "sent_bytes",
+        "trailer",
+    )
 
     def __init__(self, connection: Connection, call: int) -> None:
         self._connection = connection
@@ -52,6 +64,7 @@ class OutgoingCall:
         self._outcome: _Outcome | None = None
         self.id = call
         self.peer: NodeId = connection.peer
+        self.sent_bytes = 0
         self.trailer: Value = None
         self.load: Value = None
 
@@ -94,7 +107,19 @@ class OutgoingCall:
 class IncomingCall:
     """A call of a peer, as its handler sees it."""
 
-    __slots__ = ("_connection", "_credited", "body", "cancelled", "header", "id", "peer", "scope")
+    __slots__ = (
+        "_connection",
+        "_credited",
+        "body",
+        "cancelled",
+        "header",
+        "host",
+        "id",
+        "peer",
+        "proof",
+        "scope",
+        "sent_bytes",
+    )
 
     def __init__(self, connection: Connection, call: int, header: CallHeader, body: Value) -> None:
         self._connection = connection
@@ -103,6 +128,9 @@ class IncomingCall:
         self.header = header
         self.body = body
         self.peer: NodeId = connection.peer
+        self.proof: PeerProof = connection.proof
+        self.host: str = connection.host  # the address that it came from
+        self.sent_bytes = 0  # of the answer so far
         self.scope = trio.CancelScope()
         self.cancelled = False  # by the peer
 
@@ -122,7 +150,7 @@ class IncomingCall:
             self._credited = trio.Event()
             await self._credited.wait()
             await connection.room()
-        connection.send_chunk(self.id, value)
+        self.sent_bytes += connection.send_chunk(self.id, value)
 
     def cancel(self) -> None:
         """Called by the connection: the peer does not want it any more."""

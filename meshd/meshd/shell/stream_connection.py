@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, Protocol, assert_never, cast
+from typing import Final, assert_never, cast
 
 import trio
 
@@ -37,10 +36,14 @@ from meshd.core.mux import (
     Mux,
     Up,
 )
-from meshd.shell.stream_calls import Handler, IncomingCall, OutgoingCall, StreamConfig
+from meshd.shell.gate import OUR_FAULT, is_internal, may_ask
+from meshd.shell.stream_calls import IncomingCall, OutgoingCall
 from meshd.shell.stream_errors import PeerUnreachable, RemoteRefused, StreamLost
+from meshd.shell.stream_owner import Owner
+from meshd.trust.standing import GOOD, Verdict
+from meshd.trust.tls import PeerProof
 from meshd_cms.types import Epoch, NodeId, Value, node_id_short
-from meshd_plugins.api import BadRequest, Failed, Logger, Refused
+from meshd_plugins.api import BadRequest, Failed, Refused
 
 RECEIVE_BYTES: Final = 64 * 1024
 _PULSE_TOKEN: Final = 0
@@ -51,58 +54,6 @@ DRAINING: Final = "draining"
 CLOSING: Final = "closing"
 
 
-@dataclass(slots=True)
-class StreamStatistics:
-    """Counts since the start, over all connections."""
-
-    connections: int = 0  # now
-    dials: int = 0
-    dials_failed: int = 0
-    accepted: int = 0
-    accepts_failed: int = 0  # handshakes that failed, and connections beyond the bounds
-    knocks: int = 0  # closed before a word was said
-    connections_lost: int = 0  # other than by agreement
-    protocol_errors: int = 0
-    calls_opened: int = 0
-    calls_served: int = 0
-    calls_refused: int = 0  # by us
-    calls_failed: int = 0  # by us
-    gossip_sent: int = 0
-    gossip_received: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-
-
-class Owner(Protocol):
-    """What a connection needs of the pool it belongs to."""
-
-    config: StreamConfig
-    statistics: StreamStatistics
-    log: Logger
-    handler: Handler
-    draining: bool
-
-    def load(self) -> Value:
-        """This node's load, for a reply."""
-        ...
-
-    def load_heard(self, peer: NodeId, load: Value, /) -> None:
-        """A reply brought a peer's load."""
-        ...
-
-    def gossip_heard(self, peer: NodeId, epoch: Epoch, payload: bytes, /) -> None:
-        """A gossip message came."""
-        ...
-
-    def connection_up(self, connection: Connection, /) -> None:
-        """HELLO was exchanged."""
-        ...
-
-    def connection_leaving(self, connection: Connection, /) -> None:
-        """The peer asked for no more calls on it."""
-        ...
-
-
 class Connection:
     """One authenticated connection. `run` it; everything else works while it runs."""
 
@@ -111,7 +62,7 @@ class Connection:
         owner: Owner,
         stream: trio.SSLStream[trio.SocketStream],
         mux: Mux,
-        peer: NodeId,
+        proof: PeerProof,
         *,
         dialed: bool,
     ) -> None:
@@ -119,7 +70,10 @@ class Connection:
         self._config = owner.config
         self._stream = stream
         self.mux = mux
-        self.peer = peer
+        self.proof = proof
+        self.peer: NodeId = proof.credential.node
+        self.verdict: Verdict = GOOD  # the peer's standing, once up
+        self.host = _host_of(stream)  # where it really leads, whatever is gossiped
         self.dialed = dialed
         self.address: Address | None = None  # that was dialed
         self.epoch = Epoch(0)  # the peer's, once up
@@ -173,6 +127,13 @@ class Connection:
             self.mux.goaway(reason)
             self._wake.set()
 
+    def cut(self, verdict: Verdict, farewell: bytes | None) -> None:
+        """Close it at once: the peer is out. `farewell` is a gossip message that proves it."""
+        if farewell is not None:
+            self.mux.gossip(farewell)
+        self.mux.goaway(verdict.code)
+        self._lose(verdict.message)
+
     def doubt(self) -> None:
         """The network under it changed: ask the peer now, and wait for `DOUBT_DEADLINE_S` only.
 
@@ -222,7 +183,9 @@ class Connection:
             raise RemoteRefused(DRAINING, f"{node_id_short(self.peer)} is going down", None)
         if not self.mux.may_open:
             raise PeerUnreachable("the connection is being replaced")
+        before_bytes = self.mux.outgoing_bytes
         call = OutgoingCall(self, self.mux.open(header, body))
+        call.sent_bytes = self.mux.outgoing_bytes - before_bytes
         self._asked[call.id] = call
         self._wake.set()
         self._owner.statistics.calls_opened += 1
@@ -255,10 +218,12 @@ class Connection:
             await self._room.wait()
         await trio.lowlevel.checkpoint_if_cancelled()
 
-    def send_chunk(self, call: int, value: Value) -> None:
-        """Queue a part of an answer; `mux.may_send(call)` holds."""
+    def send_chunk(self, call: int, value: Value) -> int:
+        """Queue a part of an answer; `mux.may_send(call)` holds. Its bytes."""
+        before_bytes = self.mux.outgoing_bytes
         self.mux.send_chunk(call, value)
         self._wake.set()
+        return self.mux.outgoing_bytes - before_bytes
 
     # The tasks
 
@@ -331,6 +296,8 @@ class Connection:
             case End(call, _, load) | Refuse(call, _, _, load) | Error(call, _, _, _, load):
                 self._asked.pop(call).deliver(event)
                 self._owner.load_heard(self.peer, load)
+                if isinstance(event, Refuse) and event.code in OUR_FAULT:
+                    self._owner.told_off(event.code)
             case Call():
                 self._called(event, nursery)
             case Cancel(call):
@@ -341,6 +308,8 @@ class Connection:
                 self._refuse(call, "busy", f"{self.mux.serving - 1} calls of this peer are served")
             case Pong(token):
                 self._ponged(token)
+            case Gossip() if not self.verdict.is_good:
+                self._owner.statistics.frames_ignored += 1
             case Gossip(payload):
                 self._owner.statistics.gossip_received += 1
                 self._owner.gossip_heard(self.peer, self.epoch, payload)
@@ -350,13 +319,20 @@ class Connection:
                 self.epoch = hello.epoch
                 self.up_since_s = trio.current_time()
                 self._up_or_lost.set()
-                self._owner.connection_up(self)
+                self._owner.connection_up(self, hello.clock_s)
             case _:
                 assert_never(event)
 
     def _called(self, event: Call, nursery: trio.Nursery) -> None:
         if self._owner.draining:
             self._refuse(event.call, DRAINING, "this node is going down")
+            return
+        header = event.header
+        if not may_ask(self.verdict, header.capability_id, header.operation):
+            self._refuse(event.call, self.verdict.code, self.verdict.message)
+            return
+        if self._owner.is_observer and not is_internal(header.capability_id):
+            self._refuse(event.call, "observer", "this node is an observer and serves nothing")
             return
         call = IncomingCall(self, event.call, event.header, event.body)
         remaining_s = min(event.header.remaining_s, self._config.call_deadline_max_s)
@@ -481,6 +457,14 @@ class Connection:
             pass  # the peer is gone already
         finally:
             await trio.aclose_forcefully(self._stream)
+
+
+def _host_of(stream: trio.SSLStream[trio.SocketStream]) -> str:
+    """The address at the other end; "" when it is gone already."""
+    try:
+        return str(stream.transport_stream.socket.getpeername()[0])
+    except OSError:
+        return ""
 
 
 def _only_leaf(error: Exception) -> Exception:

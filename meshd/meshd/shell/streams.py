@@ -7,7 +7,6 @@ is closed once the calls on it are done (decision 0006).
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,8 +18,9 @@ import trio
 from meshd.core.effects import Address
 from meshd.core.frames import CallHeader, FrameTooLarge, UnsendableError
 from meshd.core.mux import Mux
+from meshd.shell.gate import TIME_TELLS, Gate
 from meshd.shell.stream_calls import Handler, IncomingCall, OutgoingCall, StreamConfig
-from meshd.shell.stream_connection import DRAINING, Connection, StreamStatistics
+from meshd.shell.stream_connection import DRAINING, Connection
 from meshd.shell.stream_errors import (
     PeerRejected,
     PeerUnreachable,
@@ -29,10 +29,13 @@ from meshd.shell.stream_errors import (
     StreamError,
     StreamLost,
 )
+from meshd.shell.stream_owner import StreamStatistics
+from meshd.shell.stream_peers import check_callee, never_up, out_of_standing, secure
 from meshd.shell.witness import WITNESS_BYTE, first_byte
-from meshd.trust.certificates import CertificateError
+from meshd.trust.certificates import Role
 from meshd.trust.identity import Identity
-from meshd.trust.tls import peer_node
+from meshd.trust.join_messages import JOIN_BYTE
+from meshd.trust.standing import Standing
 from meshd_cms.types import Epoch, NodeId, Value, node_id_short
 from meshd_plugins.api import Logger
 
@@ -56,6 +59,8 @@ __all__ = [
 
 DIALS_MAX: Final = 256
 """Dials that wait to be begun."""
+RECHECK_S: Final = 60.0
+"""How often the standing of connected peers is looked at again. Up: an expired one stays longer."""
 _CONNECT_ATTEMPTS: Final = 3
 
 
@@ -83,6 +88,8 @@ class PeerStreams:
         load: this node's load, sent with every final frame.
         on_load: called with a peer and the load its reply carried.
         witness: carries an accepted connection that is a witness stream, to its end.
+        joiner: carries an accepted connection that is a joiner's, to its end.
+        gate: judges peers; without one, by this machine's clock and no decree.
         log: bound logger.
     """
 
@@ -98,6 +105,8 @@ class PeerStreams:
         log: Logger,
         on_load: Callable[[NodeId, Value], None] | None = None,
         witness: Callable[[trio.SocketStream], Awaitable[None]] | None = None,
+        joiner: Callable[[trio.SocketStream], Awaitable[None]] | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self.config = config
         self.statistics = StreamStatistics()
@@ -106,11 +115,12 @@ class PeerStreams:
         self.load = load
         self.gossip_heard = on_gossip
         self.draining = False
+        self.gate = Gate() if gate is None else gate
         self._identity = identity
         self._me = identity.node_id
         self._epoch = Epoch(epoch)
         self._on_load = on_load
-        self._witness = witness
+        self._others = {WITNESS_BYTE: witness, JOIN_BYTE: joiner}
         self._handshakes = 0
         self._connections: dict[Connection, _Dial | None] = {}  # all; the dial until it is up
         self._preferred: dict[NodeId, Connection] = {}  # the one that new calls go to
@@ -134,6 +144,7 @@ class PeerStreams:
                 if listeners:
                     accept = partial(trio.serve_listeners, self._accept, list(listeners))
                     nursery.start_soon(partial(accept, handler_nursery=nursery))
+                nursery.start_soon(self._watch_standings)
                 task_status.started()
                 async for dial in requests:
                     nursery.start_soon(self._dial, dial)
@@ -156,7 +167,7 @@ class PeerStreams:
                 first = await first_byte(stream)
             if first is None:
                 raise PeerUnreachable("nothing was said in time")
-            if not first or first == WITNESS_BYTE:
+            if not first or first in self._others:
                 connection = None
             else:
                 connection = await self._secure(stream, None, dialed=False)
@@ -170,8 +181,8 @@ class PeerStreams:
         if connection is not None:
             self.statistics.accepted += 1
             await self._carry(connection, None)
-        elif first and self._witness is not None:
-            await self._witness(stream)
+        elif first and (other := self._others[first]) is not None:
+            await other(stream)
         else:
             self.statistics.knocks += (
                 1  # closed without a word: somebody looked whether we are here
@@ -196,7 +207,7 @@ class PeerStreams:
             await self._carry(connection, dial)
             if dial.settled.is_set():
                 return
-            error = _never_up(connection)
+            error = never_up(connection)
         self.statistics.dials_failed += 1
         self.log.info(
             "peer.unreachable", host=host, port=port, code=error.code, reason=error.message
@@ -207,42 +218,18 @@ class PeerStreams:
         self, stream: trio.SocketStream, expected: NodeId | None, *, dialed: bool
     ) -> Connection:
         """TLS, and who is at the other end. Raises PeerUnreachable; the stream is then closed."""
-        identity = self._identity
-        context = identity.client_context if dialed else identity.server_context
-        # "https_compatible" means: do not wait for the peer's goodbye when closing. Frames have lengths
-        # and calls have final frames, so a cut can never pass for an end.
-        secured = trio.SSLStream(stream, context, server_side=not dialed, https_compatible=True)
-        try:
-            peer = await self._authenticated(secured, expected)
-        except BaseException:
-            await trio.aclose_forcefully(stream)
-            raise
-        mux = Mux(self.config.mux, identity.mesh_id, self._me, self._epoch, peer, dialer=dialed)
-        return Connection(self, secured, mux, peer, dialed=dialed)
-
-    async def _authenticated(
-        self, secured: trio.SSLStream[trio.SocketStream], expected: NodeId | None
-    ) -> NodeId:
-        """The node at the other end, by its certificate. Raises PeerUnreachable."""
-        try:
-            with trio.fail_after(self.config.dial_deadline_s):
-                await secured.do_handshake()
-            peer = peer_node(secured.getpeercert(binary_form=True), self._identity.mesh_id)
-        except trio.TooSlowError as error:
-            raise PeerUnreachable("the TLS handshake did not end in time") from error
-        except trio.BrokenResourceError as error:
-            cause = error.__cause__ or error
-            if isinstance(cause, ssl.SSLError):
-                raise PeerRejected(f"TLS: {cause}", code="bad_certificate") from error
-            raise PeerUnreachable(f"the TLS handshake broke: {cause}") from error
-        except CertificateError as error:
-            raise PeerRejected(str(error), code="bad_certificate") from error
-        if peer == self._me:
-            raise PeerRejected("that is this node itself", code="own")
-        if expected is not None and peer != expected:
-            wanted, found = node_id_short(expected), node_id_short(peer)
-            raise PeerRejected(f"node {found} is there, not {wanted}", code="other_node")
-        return peer
+        identity, deadline_s = self._identity, self.config.dial_deadline_s
+        secured, proof = await secure(stream, identity, expected, deadline_s, dialed=dialed)
+        mux = Mux(
+            self.config.mux,
+            identity.mesh_id,
+            self._me,
+            self._epoch,
+            proof.credential.node,
+            dialer=dialed,
+            clock_s=self.gate.wall_s(),
+        )
+        return Connection(self, secured, mux, proof, dialed=dialed)
 
     async def _carry(self, connection: Connection, dial: _Dial | None) -> None:
         self._connections[connection] = dial
@@ -270,12 +257,19 @@ class PeerStreams:
 
     @asynccontextmanager
     async def call(
-        self, node: NodeId, address: Address, header: CallHeader, body: Value
+        self,
+        node: NodeId | None,
+        address: Address,
+        header: CallHeader,
+        body: Value,
+        *,
+        check: Callable[[str], None] = lambda _host: None,
     ) -> AsyncGenerator[OutgoingCall]:
-        """Call a peer, dialing `address` if there is no connection; leaving early cancels it there.
+        """Call a peer (without a node: whoever of the mesh answers there), dialing `address` if there is no connection; leaving early cancels it there.
 
         Raises:
-            PeerUnreachable: no connection came about; nothing was sent.
+            PeerUnreachable: no connection came about, or the peer is not in good standing, or an observer;
+                nothing was sent.
             RemoteRefused: the peer is known to be going down, or has too many calls of ours in flight.
             UnsendableError: the request is too large or not data; nothing was sent.
         """
@@ -285,6 +279,8 @@ class PeerStreams:
             if connection.is_usable or connection.is_peer_draining:
                 break
             connection = await self._connected(node, address)
+        check_callee(connection, header.capability_id)
+        check(connection.host)  # raises what the caller knows; nothing was sent
         call = connection.open(header, body)
         try:
             yield call
@@ -302,7 +298,10 @@ class PeerStreams:
             StreamLost, PeerUnreachable: it may not have arrived.
             FrameTooLarge: it does not fit a frame.
         """
-        await (await self._connected(node, address, for_calls=False)).gossip(payload)
+        connection = await self._connected(node, address, for_calls=False)
+        if not connection.verdict.is_good:
+            raise out_of_standing(connection)
+        await connection.gossip(payload)
 
     async def drain(self) -> None:
         """Refuse new calls, tell the peers, and return when all connections have ended in peace.
@@ -316,6 +315,25 @@ class PeerStreams:
             self._all_closed = trio.Event()
             await self._all_closed.wait()
         await trio.lowlevel.checkpoint()
+
+    def use_identity(self, identity: Identity) -> None:
+        """Our certificate was renewed: connections that showed the old one are replaced, in peace."""
+        self._identity = identity
+        for connection in tuple(self._connections):
+            connection.goaway("renewed")
+
+    def recheck(self) -> None:
+        """Judge all peers again: revoked ones are cut off, expired ones have to come anew."""
+        for connection in tuple(self._connections):
+            if connection.up_since_s is None or connection.lost is not None:
+                continue
+            before, verdict = connection.verdict, self.gate.judge(connection.proof)
+            connection.verdict = verdict
+            if verdict.standing is Standing.REVOKED:
+                self._cut_off(connection)
+            elif not verdict.is_good and before.is_good:
+                self._log_standing(connection)
+                connection.goaway(verdict.code)
 
     def raise_epoch(self, epoch: int) -> None:
         """This node's epoch was raised: connections that said the old one are replaced."""
@@ -348,8 +366,25 @@ class PeerStreams:
         if self._on_load is not None and load is not None:
             self._on_load(peer, load)
 
-    def connection_up(self, connection: Connection) -> None:
-        """Choose between it and the one there is; wake who waits for it."""
+    @property
+    def is_observer(self) -> bool:
+        """Whether this node serves nothing."""
+        return self._identity.role is Role.OBSERVER
+
+    def told_off(self, code: str) -> None:
+        """A peer refused a call because of our certificate."""
+        self.gate.told_off(code)
+
+    def connection_up(self, connection: Connection, clock_s: float) -> None:
+        """Judge the peer; choose between this connection and the one there is; wake who waits for it."""
+        connection.verdict = self.gate.greeted(connection.proof, clock_s)
+        if connection.verdict.standing is Standing.REVOKED:
+            self._cut_off(connection)
+            return
+        if not connection.verdict.is_good:
+            self._log_standing(connection)
+        elif any(each.verdict.code in TIME_TELLS for each in self._connections):
+            self.recheck()  # one more clock: it may be another time now
         peer = connection.peer
         old = self._preferred.get(peer)
         self.log.info("peer.connected", peer=node_id_short(peer), dialed=connection.dialed)
@@ -377,6 +412,8 @@ class PeerStreams:
         """Whether `new` takes the place of `old`; the peer comes to the same result."""
         if not old.is_usable or new.epoch > old.epoch:
             return True
+        if new.verdict.is_good != old.verdict.is_good:
+            return new.verdict.is_good
         if new.epoch < old.epoch:
             return False
         if new.dialed == old.dialed:
@@ -387,6 +424,25 @@ class PeerStreams:
             return True
         dialer = self._me if new.dialed else new.peer
         return dialer == min(self._me, new.peer)
+
+    async def _watch_standings(self) -> None:
+        """A certificate ends while its connection lives."""
+        while True:
+            await trio.sleep(RECHECK_S)
+            self.recheck()
+
+    def _cut_off(self, connection: Connection) -> None:
+        self._log_standing(connection)
+        connection.cut(connection.verdict, self.gate.farewell(connection.peer))
+
+    def _log_standing(self, connection: Connection) -> None:
+        self.statistics.peers_restricted += 1
+        self.log.warning(
+            "peer.restricted",
+            peer=node_id_short(connection.peer),
+            code=connection.verdict.code,
+            reason=connection.verdict.message,
+        )
 
     def _retire(self, loser: Connection) -> None:
         winner = self._preferred[loser.peer]
@@ -439,13 +495,3 @@ class PeerStreams:
         self._dials.pop((dial.node, dial.address), None)
         dial.error = error
         dial.settled.set()
-
-
-def _never_up(connection: Connection) -> PeerUnreachable:
-    """Why a dialed connection ended before HELLO, as an error for who waits."""
-    if connection.fault is not None:
-        return PeerRejected(connection.fault.message, code=connection.fault.code)
-    reason = connection.lost or "closed"
-    if connection.is_tls_fault:
-        return PeerRejected(reason, code="bad_certificate")
-    return PeerUnreachable(f"{reason}, before it said who it is: does it belong to this mesh?")

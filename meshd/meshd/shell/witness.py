@@ -9,15 +9,20 @@ Nothing travels on an idle stream. It shares the port of the TLS streams and is 
 first byte: TLS begins with 0x16. It is not TLS itself because nothing is said on it but who is there, and
 the seal of a datagram says that at a hundredth of the cost (decision 0018).
 
-    dialer   -> 'W'  length (2 bytes)  sealed("meshd watch v1" + id of the acceptor)
-    acceptor -> 'W'  length (2 bytes)  sealed("meshd watch v1" + id of the dialer)
+    dialer   -> 'W'  length (2 bytes)  sealed("meshd watch v2" + id of the acceptor + clock)
+    acceptor -> 'W'  length (2 bytes)  sealed("meshd watch v2" + id of the dialer + clock)
     either   -> 'G'  goodbye: what comes now is no accident
+
+The clock is what the speaker's wall clock shows, seconds since 1970 as a 64-bit float. It is believed of the
+acceptor only: any member could dial in many names, and so outvote the clocks of the mesh; to answer at the
+addresses of many it would have to have them.
 """
 
 from __future__ import annotations
 
 import errno
 import socket
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,7 +31,9 @@ from typing import Final
 import trio
 
 from meshd.core.effects import Address
+from meshd.core.frames import CLOCK_MAX_S
 from meshd.core.sealing import Dropped, Opener, Sealer
+from meshd.shell.gate import Gate
 from meshd_cms.types import Epoch, NodeId
 
 WITNESS_BYTE: Final = b"W"
@@ -36,7 +43,8 @@ DIALS_MAX: Final = 64  # waiting to be begun
 DEADLINE_S: Final = 3.0  # to connect, and again to say who is there
 KNOCK_DEADLINE_S: Final = 1.0
 GOODBYE_DEADLINE_S: Final = 0.5
-_HELLO: Final = b"meshd watch v1"
+_HELLO: Final = b"meshd watch v2"
+_CLOCK: Final = struct.Struct(">d")
 _KEEPALIVE_S: Final = 120  # so that the end of a silent peer is found some day
 
 
@@ -72,6 +80,7 @@ class WitnessStreams:
         sealer: seals what we say of ourselves.
         opener: opens and judges what the other end says.
         ended: called with node, epoch and whether it is evidence; must not block.
+        gate: who is out, and what time it is.
     """
 
     def __init__(
@@ -80,12 +89,14 @@ class WitnessStreams:
         sealer: Sealer,
         opener: Opener,
         ended: Callable[[NodeId, int, bool], None],
+        gate: Gate | None = None,
     ) -> None:
         self.statistics = WitnessStatistics()
         self._me = me
         self._sealer = sealer
         self._opener = opener
         self._ended = ended
+        self._gate = Gate() if gate is None else gate
         self._streams: dict[_Stream, None] = {}
         self._send, self._requests = trio.open_memory_channel[tuple[NodeId, Address]](DIALS_MAX)
 
@@ -112,6 +123,12 @@ class WitnessStreams:
                 stream.says_goodbye = True
                 stream.scope.cancel()
 
+    def cut(self, node: NodeId) -> None:
+        """A node is out: end the streams with it without a word."""
+        for stream in self._streams:
+            if stream.node == node:
+                stream.scope.cancel()
+
     def renew(self) -> None:
         """This node's epoch was raised: end all streams that said the old one."""
         for stream in self._streams:
@@ -135,7 +152,7 @@ class WitnessStreams:
         async with stream:
             try:
                 with trio.fail_after(DEADLINE_S):
-                    node, epoch = await self._hear(stream)
+                    node, epoch, _ = await self._hear(stream)
                     await self._say(stream, node)
             except (_NoWitnessError, trio.TooSlowError, OSError, trio.BrokenResourceError):
                 self.statistics.refused += 1
@@ -156,9 +173,10 @@ class WitnessStreams:
             try:
                 with trio.fail_after(DEADLINE_S):
                     await self._say(stream, node)
-                    there, epoch = await self._hear(stream)
+                    there, epoch, clock_s = await self._hear(stream)
                 if there != node:
                     raise _NoWitnessError
+                self._gate.heard_clock(node, clock_s)
             except (_NoWitnessError, trio.TooSlowError, OSError, trio.BrokenResourceError):
                 self.statistics.refused += 1
                 self._ended(node, 0, False)
@@ -187,18 +205,25 @@ class WitnessStreams:
         self._ended(one.node, one.epoch, evident)
 
     async def _say(self, stream: trio.SocketStream, to: NodeId) -> None:
-        sealed = self._sealer.seal(_HELLO + to, to)
+        sealed = self._sealer.seal(_HELLO + to + _CLOCK.pack(self._gate.wall_s()), to)
         await stream.send_all(WITNESS_BYTE + len(sealed).to_bytes(2, "big") + sealed)
 
-    async def _hear(self, stream: trio.SocketStream) -> tuple[NodeId, Epoch]:
-        """Who is at the other end, in which life. Raises _NoWitnessError, or what trio raises."""
+    async def _hear(self, stream: trio.SocketStream) -> tuple[NodeId, Epoch, float]:
+        """Who is at the other end, in which life, and its clock. Raises _NoWitnessError, or what trio raises."""
         head = await _exactly(stream, 3)
         if head[:1] != WITNESS_BYTE:
             raise _NoWitnessError
         opened = self._opener.open(await _exactly(stream, int.from_bytes(head[1:], "big")))
-        if isinstance(opened, Dropped) or opened.payload != _HELLO + self._me:
+        hello = _HELLO + self._me
+        if isinstance(opened, Dropped) or len(opened.payload) != len(hello) + _CLOCK.size:
             raise _NoWitnessError
-        return opened.sender, opened.epoch
+        (clock_s,) = _CLOCK.unpack(opened.payload[-_CLOCK.size :])
+        believable = 0.0 <= clock_s <= CLOCK_MAX_S  # not so for NaN either
+        if not opened.payload.startswith(hello) or not believable:
+            raise _NoWitnessError
+        if self._gate.is_revoked(opened.sender):
+            raise _NoWitnessError
+        return opened.sender, opened.epoch, clock_s
 
 
 async def first_byte(stream: trio.SocketStream) -> bytes:

@@ -1,40 +1,24 @@
-"""Who this node is: founding a mesh, loading an identity, and the files both rest on.
+"""Who this node is: founding a mesh, loading an identity, and letting others in.
 
-Under `<state_dir>/identity/`, directory 0700, files 0600::
-
-    mesh.toml       format, mesh id (hex) and mesh name
-    root.crt        the mesh's root certificate
-    node.key        this node's Ed25519 key
-    node.crt        its certificate, and the enrolment authority's where that signed it
-    datagram.key    the mesh's datagram key (hex)
-    root.key        the mesh's root key: only on the node that founded the mesh
-    SHA256SUMS      of all these, as `sha256sum --check` reads it
-
-The directory appears whole or not at all (it is written beside and renamed), and is never overwritten.
-Nothing in it changes after that, so a sum of each file tells a bit that flipped: a datagram key or a
-certificate that is wrong in one bit reads well, and the node would be shut out without a word.
-Enrolling further nodes is in `meshd.trust.enrolment`.
+The files are described in `meshd.trust.identity_files`. Joining a mesh over the network is in
+`meshd.shell.joining`; `admit` does the same within one process, for whoever holds both state folders.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import secrets
-import shutil
 import ssl
-import stat
-import tempfile
-import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from meshd.trust import certificates, tls
+from meshd.trust import identity_files as files
+from meshd.trust.certificates import CERTIFICATE_DAYS, CertificateError, Credential, Role
 from meshd.trust.identity_errors import (
     IdentityDamaged,
     IdentityError,
@@ -42,9 +26,11 @@ from meshd.trust.identity_errors import (
     IdentityUnreadable,
     IdentityUnsafe,
     NoIdentity,
+    NotAnIssuer,
 )
-from meshd.trust.keys import Ed25519Signer, verify
-from meshd_cms.types import MESH_ID_BYTES, MeshId, NodeId
+from meshd.trust.identity_files import identity_dir
+from meshd.trust.keys import Ed25519Signer, raw_public_key, verify
+from meshd_cms.types import MeshId, NodeId
 
 __all__ = [
     "Identity",
@@ -54,32 +40,14 @@ __all__ = [
     "IdentityUnreadable",
     "IdentityUnsafe",
     "NoIdentity",
+    "NotAnIssuer",
+    "Role",
+    "admit",
+    "admitted_files",
+    "identity_dir",
     "init_mesh",
     "load_identity",
 ]
-
-FORMAT: Final = 1
-DATAGRAM_KEY_BYTES: Final = 32
-MESH_NAME_LENGTH_MAX: Final = 63
-"""A mesh's name becomes a DNS label."""
-
-MESH_FILE: Final = "mesh.toml"
-ROOT_CERTIFICATE_FILE: Final = "root.crt"
-ROOT_KEY_FILE: Final = "root.key"
-NODE_CERTIFICATE_FILE: Final = "node.crt"
-NODE_KEY_FILE: Final = "node.key"
-DATAGRAM_KEY_FILE: Final = "datagram.key"
-SUMS_FILE: Final = "SHA256SUMS"
-_REQUIRED: Final = frozenset(
-    {
-        MESH_FILE,
-        ROOT_CERTIFICATE_FILE,
-        NODE_CERTIFICATE_FILE,
-        NODE_KEY_FILE,
-        DATAGRAM_KEY_FILE,
-        SUMS_FILE,
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,39 +57,220 @@ class Identity:
     mesh_id: MeshId
     mesh_name: str
     node_id: NodeId
+    credential: Credential  # what our certificate says
+    chain: tuple[x509.Certificate, ...] = field(repr=False)  # as presented: without the root
+    root: x509.Certificate = field(repr=False)
+    authority: tuple[x509.Certificate, ...] = field(repr=False)  # ours as an authority; () if none
     signer: Ed25519Signer
-    datagram_key: bytes = field(repr=False)
+    key_generation: int  # of `datagram_key`; the founder's is 0
+    datagram_key: bytes = field(repr=False)  # in force when this node joined
+    private_key: Ed25519PrivateKey = field(repr=False)
+    key_file: Path = field(repr=False)
+    root_file: Path = field(repr=False)
     client_context: ssl.SSLContext = field(repr=False)
     server_context: ssl.SSLContext = field(repr=False)
-    is_founder: bool  # holds the root key, so it can write enrolment files
+    is_founder: bool  # holds the root key, and so can appoint authorities of rank 1
+
+    @property
+    def role(self) -> Role:
+        """What our certificate lets us do."""
+        return self.credential.role
+
+    @property
+    def is_issuer(self) -> bool:
+        """Whether this node can let others in."""
+        return bool(self.authority) and self.role is Role.ISSUER
 
     def verify(self, public_key: bytes, message: bytes, signature: bytes) -> bool:
         """`meshd.trust.keys.verify`: the `Verifier` of the capability store."""
         return verify(public_key, message, signature)
 
+    def issue(
+        self, public_key: bytes, role: Role, now_s: float, days: float = CERTIFICATE_DAYS
+    ) -> tuple[x509.Certificate, ...]:
+        """A chain for the node with this raw public key, its certificate first; `now_s` since 1970.
 
-def init_mesh(state_dir: Path, name: str) -> Identity:
-    """Found a mesh called `name` and make this node its first.
+        Raises:
+            NotAnIssuer: this node may let nobody in.
+            CertificateError: the key is not one, or the role is not that of a node.
+        """
+        if role is Role.CLIENT:
+            raise CertificateError("a client is no node, and gets an API key")
+        return (
+            certificates.node_certificate(
+                self.mesh_id,
+                _parsed(public_key),
+                role,
+                self._own_authority(),
+                self.private_key,
+                now_s=now_s,
+                days=days,
+            ),
+            *self.authority,
+        )
+
+    def appoint(self, public_key: bytes) -> tuple[x509.Certificate, ...]:
+        """A chain that makes the node with this raw public key an authority, one rank below this one.
+
+        Raises:
+            NotAnIssuer: this node may let nobody in, or is an authority of the last rank.
+            CertificateError: the key is not one.
+        """
+        self.check_may_invite(Role.ISSUER)
+        own, key = self._own_authority(), _parsed(public_key)
+        return (
+            certificates.authority_certificate(key, own, self.private_key),
+            *self.authority,
+        )
+
+    def check_may_invite(self, role: Role) -> None:
+        """Raise NotAnIssuer unless this node can let others in with this role."""
+        self._own_authority()
+        if role is Role.ISSUER and len(self.authority) >= certificates.RANK_MAX:
+            raise NotAnIssuer(
+                "this node may let nodes in, and may not make issuers of them: it was let in by one that "
+                "was let in by one. Run `meshd invite --role issuer` on the node that founded the mesh, or "
+                "on one that it invited itself"
+            )
+
+    def with_chain(self, chain: Sequence[x509.Certificate]) -> Identity:
+        """This identity with a renewed certificate, and new TLS contexts that show it.
+
+        Raises:
+            CertificateError: the chain does not lead to our root, or is not for our key.
+            IdentityError: no TLS context could be made of it.
+        """
+        credential = certificates.verify_chain(chain, self.root)
+        if credential.node != self.node_id:
+            raise CertificateError("the renewed certificate is for another node")
+        try:
+            with files.as_file(certificates.pem(*chain)) as chain_file:
+                client = tls.client_context(self.root_file, chain_file, self.key_file)
+                server = tls.server_context(self.root_file, chain_file, self.key_file)
+        except ssl.SSLError as error:
+            raise IdentityDamaged(f"the renewed certificate does not fit: {error}") from error
+        except OSError as error:
+            raise files.unreadable(error) from error
+        return replace(
+            self,
+            credential=credential,
+            chain=tuple(chain),
+            client_context=client,
+            server_context=server,
+        )
+
+    def _own_authority(self) -> x509.Certificate:
+        if not self.is_issuer:
+            raise NotAnIssuer(
+                f"this node is {_A_ROLE[self.role]} and may let nobody in: do it on an issuer, such as the "
+                "node that founded the mesh (`meshd peers` shows who is one)"
+            )
+        return self.authority[0]
+
+
+_A_ROLE: Mapping[Role, str] = {
+    Role.MEMBER: "a member",
+    Role.ISSUER: "an issuer",
+    Role.OBSERVER: "an observer",
+    Role.CLIENT: "a client",
+}
+
+
+def init_mesh(state_dir: Path, name: str, *, now_s: float | None = None) -> Identity:
+    """Found a mesh called `name` and make this node its first, an issuer; `now_s` is seconds since 1970.
 
     Raises:
         IdentityExists: this node belongs to a mesh already; nothing was changed.
         IdentityError: the name cannot be one.
         IdentityUnreadable: the files cannot be written; nothing was left behind.
     """
-    check_mesh_name(name)
-    mesh = MeshId(secrets.token_bytes(MESH_ID_BYTES))
+    files.check_mesh_name(name)
     root_key, node_key = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
-    root = certificates.root_certificate(mesh, root_key)
-    node = certificates.node_certificate(mesh, node_key.public_key(), root, root_key)
-    files = identity_files(
-        mesh, name, root, node_key, (node,), secrets.token_bytes(DATAGRAM_KEY_BYTES)
+    root = certificates.root_certificate(root_key)
+    authority = certificates.authority_certificate(node_key.public_key(), root, root_key)
+    node = certificates.node_certificate(
+        certificates.mesh_id_of(root_key.public_key()),
+        node_key.public_key(),
+        Role.ISSUER,
+        authority,
+        node_key,
+        now_s=time.time() if now_s is None else now_s,
     )
-    write_identity(state_dir, files | {ROOT_KEY_FILE: certificates.private_pem(root_key)})
+    content = admitted_files(
+        name,
+        root,
+        node_key,
+        (node, authority),
+        (authority,),
+        key_generation=0,
+        datagram_key=secrets.token_bytes(files.DATAGRAM_KEY_BYTES),
+    )
+    content |= {files.ROOT_KEY_FILE: certificates.private_pem(root_key)}
+    files.write_identity(state_dir, content)
     return load_identity(state_dir)
 
 
+def admit(
+    inviter: Identity,
+    state_dir: Path,
+    *,
+    role: Role = Role.MEMBER,
+    now_s: float | None = None,
+    days: float = CERTIFICATE_DAYS,
+) -> Identity:
+    """Make `state_dir` that of a node which `inviter` lets in: joining without a network.
+
+    Raises:
+        NotAnIssuer: the inviter may not do that; nothing was written.
+        IdentityExists: the folder belongs to a node already; nothing was changed.
+        IdentityUnreadable: the files cannot be written; nothing was left behind.
+    """
+    key = Ed25519PrivateKey.generate()
+    public = raw_public_key(key.public_key())
+    chain = inviter.issue(public, role, time.time() if now_s is None else now_s, days)
+    authority = inviter.appoint(public) if role is Role.ISSUER else ()
+    files.write_identity(
+        state_dir,
+        admitted_files(
+            inviter.mesh_name,
+            inviter.root,
+            key,
+            chain,
+            authority,
+            key_generation=inviter.key_generation,
+            datagram_key=inviter.datagram_key,
+        ),
+    )
+    return load_identity(state_dir)
+
+
+def admitted_files(
+    name: str,
+    root: x509.Certificate,
+    node_key: Ed25519PrivateKey,
+    chain: Sequence[x509.Certificate],
+    authority: Sequence[x509.Certificate],
+    *,
+    key_generation: int,
+    datagram_key: bytes,
+) -> dict[str, bytes]:
+    """The contents of an identity's files, by name, for `write_identity`; `name` was checked."""
+    root_key = root.public_key()
+    assert isinstance(root_key, Ed25519PublicKey), "the root was verified"
+    content = {
+        files.MESH_FILE: files.mesh_file(certificates.mesh_id_of(root_key), name),
+        files.ROOT_CERTIFICATE_FILE: certificates.pem(root),
+        files.NODE_KEY_FILE: certificates.private_pem(node_key),
+        files.NODE_CERTIFICATE_FILE: certificates.pem(*chain),
+        files.DATAGRAM_KEY_FILE: files.datagram_key_file(key_generation, datagram_key),
+    }
+    if authority:
+        content[files.AUTHORITY_FILE] = certificates.pem(*authority)
+    return content
+
+
 def load_identity(state_dir: Path) -> Identity:
-    """Read and check the identity of this node.
+    """Read and check the identity of this node. Whether its certificate is still valid is not looked at.
 
     Raises:
         NoIdentity: there is none yet.
@@ -131,199 +280,66 @@ def load_identity(state_dir: Path) -> Identity:
     """
     directory = identity_dir(state_dir)
     try:
-        _check_permissions(directory)
-        _check_sums(directory)
-        mesh, name = _read_mesh(directory)
-        key_file, chain_file = directory / NODE_KEY_FILE, directory / NODE_CERTIFICATE_FILE
-        root_file = directory / ROOT_CERTIFICATE_FILE
-        key = certificates.parse_private_pem(key_file.read_bytes())
-        chain = x509.load_pem_x509_certificates(chain_file.read_bytes())
-        signer = Ed25519Signer(key)
-        node = certificates.node_of(chain[0], mesh)
-        if chain[0].public_key() != key.public_key():
-            raise IdentityDamaged(f"{chain_file} is not the certificate of {key_file}; {_RESTORE}")
-        datagram_key = bytes.fromhex((directory / DATAGRAM_KEY_FILE).read_text("ascii"))
-        if len(datagram_key) != DATAGRAM_KEY_BYTES:
-            raise IdentityDamaged(f"{directory / DATAGRAM_KEY_FILE} is cut short; {_RESTORE}")
-        return Identity(
-            mesh_id=mesh,
-            mesh_name=name,
-            node_id=node,
-            signer=signer,
-            datagram_key=datagram_key,
-            client_context=tls.client_context(root_file, chain_file, key_file),
-            server_context=tls.server_context(root_file, chain_file, key_file),
-            is_founder=(directory / ROOT_KEY_FILE).exists(),
-        )
+        files.check_permissions(directory)
+        files.check_sums(directory)
+        return _loaded(directory)
     except ssl.SSLError as error:
         raise IdentityDamaged(
-            f"the certificates in {directory} do not fit: {error}; {_RESTORE}"
+            f"the certificates in {directory} do not fit: {error}; {files.RESTORE}"
         ) from error
     except OSError as error:
-        raise unreadable(error) from error
+        raise files.unreadable(error) from error
     except ValueError as error:
-        raise IdentityDamaged(f"{directory} is damaged: {error}; {_RESTORE}") from error
+        raise IdentityDamaged(f"{directory} is damaged: {error}; {files.RESTORE}") from error
 
 
-_RESTORE: Final = (
-    "restore the directory from a backup, or move it away and join the mesh anew as another node "
-    "(`meshd init --enrol FILE`)"
-)
-
-
-def identity_dir(state_dir: Path) -> Path:
-    """Where the identity's files are."""
-    return state_dir / "identity"
-
-
-def check_mesh_name(name: str) -> None:
-    """Raise IdentityError unless `name` is 1 to 63 of a-z, 0-9 and -, not at an end a hyphen."""
-    allowed = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
-    well_formed = 1 <= len(name) <= MESH_NAME_LENGTH_MAX and allowed.issuperset(name)
-    if not well_formed or name.startswith("-") or name.endswith("-"):
-        raise IdentityError(
-            f"{name!r} cannot be the name of a mesh: take 1 to {MESH_NAME_LENGTH_MAX} of a-z, 0-9 "
-            "and '-', with a letter or digit at both ends, for example `meshd init home`"
-        )
-
-
-def identity_files(
-    mesh: MeshId,
-    name: str,
-    root: x509.Certificate,
-    node_key: Ed25519PrivateKey,
-    chain: tuple[x509.Certificate, ...],
-    datagram_key: bytes,
-) -> dict[str, bytes]:
-    """The contents of the identity's files, by name; `name` was checked, so TOML needs no escapes."""
-    return {
-        MESH_FILE: f'format = {FORMAT}\nid = "{mesh.hex()}"\nname = "{name}"\n'.encode(),
-        ROOT_CERTIFICATE_FILE: certificates.pem(root),
-        NODE_KEY_FILE: certificates.private_pem(node_key),
-        NODE_CERTIFICATE_FILE: certificates.pem(*chain),
-        DATAGRAM_KEY_FILE: datagram_key.hex().encode(),
-    }
-
-
-def write_identity(state_dir: Path, files: Mapping[str, bytes]) -> None:
-    """Write a new identity: all of it or nothing.
-
-    Raises:
-        IdentityExists: there is one; it is untouched.
-        IdentityUnreadable: the system refused; nothing was left behind.
-    """
-    directory = identity_dir(state_dir)
-    if directory.exists():
-        raise _exists(directory)
-    try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=".identity-", dir=state_dir))  # 0700
-        try:
-            for name, content in {**files, SUMS_FILE: _sums(files)}.items():
-                write_private(new / name, content)
-            _sync_directory(new)
-            new.rename(
-                directory
-            )  # fails if somebody else was faster: a full directory is in the way
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        _sync_directory(state_dir)
-    except OSError as error:
-        if directory.exists():
-            raise _exists(directory) from error
-        raise unreadable(error) from error
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Create a file that only its owner can read, and see it onto the disk.
-
-    Raises:
-        OSError: FileExistsError when it exists; otherwise no part of it is left behind.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def unreadable(error: OSError) -> IdentityUnreadable:
-    """`error` as something a person can act on."""
-    return IdentityUnreadable(
-        f"{error.filename}: {error.strerror}; run as the user that owns it, or give it to this one "
-        f"with `chown -R {os.geteuid()} STATE_DIR`"
+def _loaded(directory: Path) -> Identity:
+    """The identity in these files. Raises IdentityError, ssl.SSLError, OSError, ValueError."""
+    mesh, name = files.read_mesh(directory)
+    key_file, chain_file = directory / files.NODE_KEY_FILE, directory / files.NODE_CERTIFICATE_FILE
+    root_file = directory / files.ROOT_CERTIFICATE_FILE
+    key = certificates.parse_private_pem(key_file.read_bytes())
+    root = x509.load_pem_x509_certificate(root_file.read_bytes())
+    chain = tuple(x509.load_pem_x509_certificates(chain_file.read_bytes()))
+    certificates.verify_root(root, mesh)
+    credential = certificates.verify_chain(chain, root)
+    if chain[0].public_key() != key.public_key():
+        raise IdentityDamaged(f"{chain_file} is not the certificate of {key_file}; {files.RESTORE}")
+    generation, datagram_key = files.read_datagram_key(directory)
+    return Identity(
+        mesh_id=mesh,
+        mesh_name=name,
+        node_id=credential.node,
+        credential=credential,
+        chain=chain,
+        root=root,
+        authority=_authority(directory, root, credential),
+        signer=Ed25519Signer(key),
+        key_generation=generation,
+        datagram_key=datagram_key,
+        private_key=key,
+        key_file=key_file,
+        root_file=root_file,
+        client_context=tls.client_context(root_file, chain_file, key_file),
+        server_context=tls.server_context(root_file, chain_file, key_file),
+        is_founder=(directory / files.ROOT_KEY_FILE).exists(),
     )
 
 
-def _exists(directory: Path) -> IdentityExists:
-    return IdentityExists(
-        f"{directory} exists: this node belongs to a mesh already. To leave that mesh for good, stop "
-        "the daemon, move the directory away and run the command again"
-    )
+def _authority(
+    directory: Path, root: x509.Certificate, credential: Credential
+) -> tuple[x509.Certificate, ...]:
+    file = directory / files.AUTHORITY_FILE
+    if not file.exists():
+        return ()
+    authority = tuple(x509.load_pem_x509_certificates(file.read_bytes()))
+    if certificates.verify_authorities(authority, root) != credential.node:
+        raise IdentityDamaged(f"{file} is of another node; {files.RESTORE}")
+    return authority
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _parsed(public_key: bytes) -> Ed25519PublicKey:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _check_permissions(directory: Path) -> None:
-    try:
-        mode = stat.S_IMODE(directory.stat().st_mode)
-    except FileNotFoundError:
-        raise NoIdentity(
-            f"no mesh identity in {directory}: run `meshd init NAME` to found a mesh, or `meshd init "
-            "--enrol FILE` with the enrolment file of an existing one"
-        ) from None
-    if mode & 0o077:
-        raise IdentityUnsafe(f"others can look into {directory}: run `chmod 700 {directory}`")
-    missing = sorted(_REQUIRED.difference(path.name for path in directory.iterdir()))
-    if missing:
-        raise IdentityDamaged(f"{directory / missing[0]} is missing; {_RESTORE}")
-    for path in sorted(directory.iterdir()):
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise IdentityUnsafe(f"others can read {path}: run `chmod 600 {path}`")
-
-
-def _sums(files: Mapping[str, bytes]) -> bytes:
-    return b"".join(
-        b"%b  %b\n" % (hashlib.sha256(content).hexdigest().encode(), name.encode())
-        for name, content in files.items()
-    )
-
-
-def _check_sums(directory: Path) -> None:
-    """Raise IdentityDamaged unless every file is as it was written. The root key may have been moved away."""
-    lines = (directory / SUMS_FILE).read_bytes().splitlines()
-    sums = {name: digest for digest, _, name in (line.partition(b"  ") for line in lines)}
-    for path in sorted(directory.iterdir()):
-        listed = sums.pop(path.name.encode(), None)
-        ours = path.name in _REQUIRED or path.name == ROOT_KEY_FILE
-        if path.name == SUMS_FILE or not ours:
-            continue
-        if listed != hashlib.sha256(path.read_bytes()).hexdigest().encode():
-            raise IdentityDamaged(f"{path} is not as it was written; {_RESTORE}")
-    if sums.keys() - {ROOT_KEY_FILE.encode()}:
-        raise IdentityDamaged(f"{directory / SUMS_FILE} is not as it was written; {_RESTORE}")
-
-
-def _read_mesh(directory: Path) -> tuple[MeshId, str]:
-    table = tomllib.loads((directory / MESH_FILE).read_text("utf-8"))
-    if table.get("format") != FORMAT:
-        raise IdentityDamaged(
-            f"{directory / MESH_FILE} has format {table.get('format')!r}, this release knows {FORMAT}: "
-            "install the release of meshd that wrote it"
-        )
-    mesh, name = bytes.fromhex(str(table.get("id"))), str(table.get("name"))
-    if len(mesh) != MESH_ID_BYTES:
-        raise IdentityDamaged(f"{directory / MESH_FILE} holds no mesh id; {_RESTORE}")
-    check_mesh_name(name)
-    return MeshId(mesh), name
+        return Ed25519PublicKey.from_public_bytes(public_key)
+    except ValueError as error:
+        raise CertificateError(f"not a public key: {error}") from error

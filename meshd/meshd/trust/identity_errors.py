@@ -6,9 +6,7 @@ IdentityError                  code identity_error
   IdentityUnsafe               code identity_unsafe: others could read the keys
   IdentityDamaged              code identity_damaged: files are missing, cut short or do not fit together
   IdentityUnreadable           code identity_unreadable: the system does not let us read or write them
-  NotTheRoot                   code not_the_root: only the node with the root key can enrol others
-  EnrolmentError               code enrolment_error: the enrolment file is not one, or is damaged
-    EnrolmentFileExists        code enrolment_file_exists: something is there already
+  NotAnIssuer                  code not_an_issuer: this node may not let others in
 """
 
 from __future__ import annotations
@@ -50,19 +48,7 @@ class IdentityUnreadable(IdentityError):
     code = "identity_unreadable"
 
 
-class NotTheRoot(IdentityError):
-    """This node does not hold the root key of its mesh."""
+class NotAnIssuer(IdentityError):
+    """This node may not let others in, or not with that role."""
 
-    code = "not_the_root"
-
-
-class EnrolmentError(IdentityError):
-    """The enrolment file cannot be used."""
-
-    code = "enrolment_error"
-
-
-class EnrolmentFileExists(EnrolmentError):
-    """The enrolment file would overwrite something."""
-
-    code = "enrolment_file_exists"
+    code = "not_an_issuer"
