@@ -215,6 +215,11 @@ class Store:
             if key.startswith(prefix) and (value := entries[key].value) is not None
         )
 
+    def public_key(self, owner: NodeId) -> bytes | None:
+        """The key that the owner signs with; None without a record."""
+        record = self._records.get(owner)
+        return record.head.public_key if record else None
+
     def updated_at_s(self, owner: NodeId) -> float | None:
         """When the owner's record last moved, on the clock given to `apply`; None for our own."""
         return self._updated_at_s.get(owner)

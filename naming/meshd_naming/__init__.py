@@ -31,6 +31,7 @@ from meshd_naming.resolver import (
     ResolveOptions,
     Resolver,
     States,
+    admits,
 )
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "UnknownField",
     "UnknownKind",
     "WildcardNotAllowed",
+    "admits",
     "offer_from_descriptor",
     "parse_capability_name",
     "parse_name",

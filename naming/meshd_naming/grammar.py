@@ -127,6 +127,18 @@ class Name:
         """Whether it is nothing but kind and labels."""
         return self.node is None and not self.constraints
 
+    def covers(self, name: Name) -> bool:
+        """Whether another's kind and labels match these, wildcards and all; the rest is not read."""
+        if self.kind is not name.kind:
+            return False
+        wanted, found = self.labels, name.labels
+        if wanted[-1] == ANY_REST:
+            wanted = wanted[:-1]
+            found = found[: len(wanted)]
+        return len(wanted) == len(found) and all(
+            want in (ANY_LABEL, have) for want, have in zip(wanted, found, strict=True)
+        )
+
     def __str__(self) -> str:
         node = f"@{self.node}" if self.node else ""
         query = f"?{'&'.join(map(str, self.constraints))}" if self.constraints else ""

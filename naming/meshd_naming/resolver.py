@@ -382,6 +382,15 @@ def _named(index: Index, query: Name) -> list[tuple[Match, int, Offer]]:
     ]
 
 
+def admits(query: Name, name: Name) -> bool:
+    """Whether what is announced under `name` may serve `query`: exactly, or as what it falls back to."""
+    if query.covers(name):
+        return True
+    if query.kind is not Kind.KNOWLEDGE or name.kind is not Kind.KNOWLEDGE or query.is_pattern:
+        return False
+    return name.labels == GENERAL_LABELS or query.labels[: len(name.labels)] == name.labels
+
+
 def _static_reason(
     offer: Offer,
     match: Match,

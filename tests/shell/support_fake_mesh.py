@@ -15,7 +15,9 @@ import trio
 
 from meshd.config import HttpSection
 from meshd.edge.app import build_app
-from meshd.edge.limits import EdgeLimits
+from meshd.edge.counters import EdgeCounters
+from meshd.edge.exposure import Exposure
+from meshd.edge.limits import ConnectionLimits, EdgeLimits
 from meshd.edge.server import EdgeSockets, open_edge_sockets, serve_edge
 from meshd.orchestrate.events import (
     ANSWER,
@@ -52,6 +54,7 @@ class FakeMesh:
         self.cancelled = trio.Event()
         self.started = trio.Event()
         self.left = False
+        self.pieces = 0  # that were taken off us
         self.gap_s = gap_s
         self.worst = "warning"
 
@@ -63,6 +66,7 @@ class FakeMesh:
             async with aclosing(self._events(ask)) as events:
                 async for event in events:
                     await take(event)
+                    self.pieces += isinstance(event, Piece)
         except trio.Cancelled:
             self.cancelled.set()
             raise
@@ -313,8 +317,13 @@ async def serving(
     stalled_s: float = 5.0,
     connections_max: int = 64,
     keep_alive_s: float = 60.0,
+    connection_limits: ConnectionLimits | None = None,
+    exposure: Exposure | None = None,
+    counters: EdgeCounters | None = None,
 ) -> AsyncGenerator[EdgeSockets, None]:
     """The real application on real sockets: TCP on a free port, and `folder/meshd.sock`."""
+    certificate = None if exposure is None else exposure.certificate
+    counters = counters or EdgeCounters()
     http = HttpSection(
         port=0,
         socket=folder / "meshd.sock",
@@ -322,7 +331,7 @@ async def serving(
         keep_alive_s=keep_alive_s,
     )
     sockets = open_edge_sockets(http)
-    app = build_app(mesh, limits)
+    app = build_app(mesh, limits, exposure=exposure, counters=counters)
     async with trio.open_nursery() as nursery:
 
         async def serve(task_status: trio.TaskStatus[None]) -> None:
@@ -330,7 +339,9 @@ async def serving(
                 app,
                 sockets,
                 graceful_s=graceful_s,
-                stalled_s=stalled_s,
+                limits=connection_limits or ConnectionLimits(stalled_s=stalled_s),
+                tls=None if certificate is None else certificate.context,
+                counters=counters,
                 task_status=task_status,
             )
 

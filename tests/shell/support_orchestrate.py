@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 
 import trio
@@ -11,9 +11,12 @@ import trio.testing
 from tests.shell.support_log import KeptLog
 from tests.unit.support_cms import store
 
-from meshd.core.effects import Address
+from meshd.config import access_rules
 from meshd.core.membership import MemberState, MemberView
 from meshd.core.scheduler import ExpectedTimePolicy, Scheduler, SchedulerConfig
+from meshd.orchestrate.access import AccessPolicy, Standing
+from meshd.orchestrate.access_guard import Guard, Source
+from meshd.orchestrate.callers import Caller
 from meshd.orchestrate.catalogue import Catalogue
 from meshd.orchestrate.events import Ask, AskEvent, Piece, Routed
 from meshd.orchestrate.executor import Executor
@@ -27,7 +30,7 @@ from meshd.orchestrate.records import (
     model_key,
     model_value,
 )
-from meshd.orchestrate.router import Router, RouterConfig
+from meshd.orchestrate.router import Router, RouterConfig, Target
 from meshd_cms import Epoch, NodeId, Version
 from meshd_plugins.api import (
     Chunk,
@@ -121,6 +124,23 @@ class Scripted:
             self.running -= 1
 
 
+ME = NodeId(b"m" * 16)
+
+
+def open_guard(
+    me: NodeId = ME,
+    reach_of: Callable[[NodeId], Privacy] = lambda _node: Privacy.MESH,
+    rules: Sequence[Mapping[str, Value]] = (),
+) -> Guard:
+    """A guard without rules, unless there are some."""
+    return Guard(me, AccessPolicy(access_rules(rules), me, lambda _node: Standing()), reach_of)
+
+
+def own_source(node: NodeId = ME) -> Source:
+    """Somebody at this node."""
+    return Source(Caller(node))
+
+
 class FakeRemote:
     """Implements the router's `Remote` by scripts, one for each peer."""
 
@@ -128,15 +148,15 @@ class FakeRemote:
         self.scripts: dict[NodeId, Scripted] = {}
         self.names: dict[NodeId, str] = {}
         self.called: list[str] = []
+        self.callers: list[Caller] = []
         self.cancelled: list[str] = []
 
-    async def invoke(
-        self, owner: NodeId, address: Address, capability_id: str, request: Request, emit: Emit
-    ) -> Done:
-        name = self.names[owner]
+    async def invoke(self, target: Target, request: Request, caller: Caller, emit: Emit) -> Done:
+        name = self.names[target.owner]
         self.called.append(name)
+        self.callers.append(caller)
         try:
-            async with aclosing(self.scripts[owner].invoke(request)) as events:
+            async with aclosing(self.scripts[target.owner].invoke(request)) as events:
                 async for event in events:
                     if isinstance(event, Done):
                         return event
@@ -150,7 +170,13 @@ class FakeRemote:
 class World:
     """A node with its peers."""
 
-    def __init__(self, config: RouterConfig | None = None, *, queue_max: int = 2) -> None:
+    def __init__(
+        self,
+        config: RouterConfig | None = None,
+        *,
+        queue_max: int = 2,
+        rules: Sequence[Mapping[str, Value]] = (),
+    ) -> None:
         self.log = KeptLog()
         self.changes: list[HostChange] = []
         self.remote = FakeRemote()
@@ -158,15 +184,27 @@ class World:
         self._store.set(NODE_KEY, {"name": "hub"})
         self._members = [self._member(1, self._store.owner, "hub", is_self=True)]
         self.catalogue = Catalogue(self._store, lambda: tuple(self._members), trio.current_time)
+        me = self._store.owner
+        policy = AccessPolicy(access_rules(rules), me, self.catalogue.standing_of)
+        self.guard = Guard(me, policy, self.catalogue.reach_of)
         self.host = CapabilityHost(
-            queue_max=queue_max, changed=self._host_changed, load_changed=lambda: None, log=self.log
+            guard=self.guard,
+            queue_max=queue_max,
+            changed=self._host_changed,
+            load_changed=lambda: None,
+            log=self.log,
         )
         scheduling = SchedulerConfig()
         self.scheduler = Scheduler(ExpectedTimePolicy(scheduling), scheduling, random.Random(7))
         self.router = Router(
-            config or RouterConfig(), self.catalogue, self.scheduler, self.host, self.remote
+            config or RouterConfig(),
+            self.catalogue,
+            self.scheduler,
+            self.host,
+            self.remote,
+            self.guard,
         )
-        self.executor = Executor(self.router, self._store.owner.hex())
+        self.executor = Executor(self.router, me)
         self.mesh = Mesh(
             self.catalogue,
             self.executor,
@@ -175,22 +213,33 @@ class World:
             log=self.log,
         )
 
-    def local(self, name: str, script: Script, *, slots: int = 1) -> Scripted:
-        capability = Scripted(descriptor(name, slots=slots), script)
+    def local(
+        self, name: str, script: Script, *, slots: int = 1, privacy: Privacy = Privacy.MESH
+    ) -> Scripted:
+        capability = Scripted(descriptor(name, slots=slots, privacy=privacy), script)
         self.host.add(capability)
         return capability
 
-    def peer(self, name: str, capability: str, script: Script, *, slots: int = 4) -> Scripted:
-        """A new member that serves one capability."""
+    def peer(
+        self,
+        name: str,
+        capability: str,
+        script: Script,
+        *,
+        slots: int = 4,
+        privacy: Privacy = Privacy.MESH,
+        host: str = "",
+    ) -> Scripted:
+        """A new member that serves one capability; on the LAN unless its address says otherwise."""
         number = len(self._members) + 1
         theirs = store(number)
-        shown = descriptor(capability, slots=slots)
+        shown = descriptor(capability, slots=slots, privacy=privacy)
         theirs.set(NODE_KEY, {"name": name})
         theirs.set(capability_key(shown.id), capability_value(shown))
         whole = theirs.delta_since(theirs.owner, Version(0), 10**6)
         assert whole is not None
         self._store.apply(whole, trio.current_time())
-        self._members.append(self._member(number, theirs.owner, name))
+        self._members.append(self._member(number, theirs.owner, name, host=host))
         self.catalogue.members_changed()
         self.catalogue.record_changed(theirs.owner)
         scripted = Scripted(shown, script)
@@ -256,8 +305,9 @@ class World:
         *,
         is_self: bool = False,
         state: MemberState = MemberState.ALIVE,
+        host: str = "",
     ) -> MemberView:
-        address = (f"127.0.0.{number}", 7946)
+        address = (host or f"127.0.0.{number}", 7946)
         return MemberView(node, name, address, state, Epoch(1), 0, 0.0, 0.001, is_self=is_self)
 
 
@@ -288,7 +338,7 @@ def asking(
     text: str = "Tell me about the sea.", target: str = "auto", *, deadline_s: float = 120.0
 ) -> Ask:
     body: dict[str, Value] = {"messages": [{"role": "user", "content": text}]}
-    return Ask(target, Operation.CHAT, body, "r-1", deadline_s)
+    return Ask(target, Operation.CHAT, body, "r-1", deadline_s, Privacy.MESH)
 
 
 def text_of(events: list[AskEvent]) -> str:

@@ -7,7 +7,14 @@ from typing import cast
 
 import trio
 from tests.shell.support_log import KeptLog
-from tests.shell.support_orchestrate import GENERAL, Scripted, descriptor, hanging, run
+from tests.shell.support_orchestrate import (
+    GENERAL,
+    Scripted,
+    descriptor,
+    hanging,
+    open_guard,
+    run,
+)
 from tests.unit.support_cms import store
 
 from meshd.core.effects import Effect
@@ -59,6 +66,7 @@ class Setup:
             log=self.log,
         )
         self.host = CapabilityHost(
+            guard=open_guard(),
             queue_max=3,
             changed=self.announcer.capability_changed,
             load_changed=self.announcer.load_changed,

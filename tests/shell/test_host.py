@@ -14,6 +14,8 @@ from tests.shell.support_orchestrate import (
     Scripted,
     descriptor,
     hanging,
+    open_guard,
+    own_source,
     raising,
     run,
     saying,
@@ -46,6 +48,7 @@ class Setup:
         self.log = KeptLog()
         self.changes: list[HostChange] = []
         self.host = CapabilityHost(
+            guard=open_guard(),
             queue_max=queue_max,
             changed=self.changes.append,
             load_changed=lambda: None,
@@ -60,7 +63,7 @@ class Setup:
         self.chunks.append(chunk)
 
     async def invoke(self, asked: Request | None = None) -> Done:
-        return await self.host.invoke(GENERAL, asked or request(), self.emit)
+        return await self.host.invoke(GENERAL, asked or request(), self.emit, own_source())
 
     async def note(self, asked: Request) -> None:
         """Invoke, and note how it ended."""
@@ -179,7 +182,7 @@ def test_what_is_added_while_draining_takes_nothing() -> None:
         await setup.host.drain()
         setup.host.add(Scripted(descriptor("knowledge.gpt/late"), saying("y")))
         with pytest.raises(Refused) as caught:
-            await setup.host.invoke("knowledge.gpt/late", request(), setup.emit)
+            await setup.host.invoke("knowledge.gpt/late", request(), setup.emit, own_source())
         assert caught.value.code == "draining"
 
     run(body)
@@ -325,7 +328,7 @@ def test_what_the_reader_raises_is_not_the_capabilitys_fault() -> None:
 
     async def body() -> None:
         with pytest.raises(BrokenPipeError):
-            await setup.host.invoke(GENERAL, request(), broken)
+            await setup.host.invoke(GENERAL, request(), broken, own_source())
         assert setup.capability.running == 0
         assert setup.host.busy() == {GENERAL: (0, 0)}
 
@@ -352,7 +355,7 @@ def test_a_cancelled_capability_may_clean_up_with_awaits() -> None:
 
     async def body() -> None:
         with trio.move_on_after(1.0) as scope:
-            await setup.host.invoke(GENERAL, request(), stuck)
+            await setup.host.invoke(GENERAL, request(), stuck, own_source())
         assert scope.cancelled_caught
         assert cleaned == ["yes"]
 
@@ -379,7 +382,7 @@ def test_what_is_not_here_is_refused() -> None:
 
     async def body() -> None:
         with pytest.raises(Refused) as caught:
-            await setup.host.invoke("knowledge.gpt/other", request(), setup.emit)
+            await setup.host.invoke("knowledge.gpt/other", request(), setup.emit, own_source())
         assert caught.value.code == "not_here"
 
     run(body)

@@ -8,6 +8,7 @@ import pytest
 import trio
 from tests.shell.support_orchestrate import GENERAL, World, hanging, raising, run, saying
 
+from meshd.orchestrate.callers import Caller
 from meshd.orchestrate.events import PlannedSubtask, Routed, SubtaskDone
 from meshd.orchestrate.host import Emit
 from meshd.orchestrate.router import RouterConfig, demand_of
@@ -51,7 +52,11 @@ class Asked:
         subtask = PlannedSubtask("t1", name, Operation.CHAT, "prompt")
         request = Request("r-1", name, Operation.CHAT, {}, deadline_s=deadline_s)
         return await self.world.router.run(
-            subtask, request, routed=self.routed, emit=emit or self.emit
+            subtask,
+            request,
+            Caller(self.world.node("hub")),
+            routed=self.routed,
+            emit=emit or self.emit,
         )
 
     async def error(self, name: str = GENERAL, *, deadline_s: float = 120.0) -> CapabilityError:
@@ -328,10 +333,11 @@ def test_a_request_that_must_stay_here_goes_nowhere_else() -> None:
         asked = Asked(world)
         subtask = PlannedSubtask("t1", GENERAL, Operation.CHAT, "prompt")
         request = Request("r-1", GENERAL, Operation.CHAT, {}, privacy=Privacy.LOCAL)
+        here = Caller(world.node("hub"))
         with pytest.raises(NotServed):
-            await world.router.run(subtask, request, routed=asked.routed, emit=asked.emit)
+            await world.router.run(subtask, request, here, routed=asked.routed, emit=asked.emit)
         near = replace(request, privacy=Privacy.LAN)  # 127.0.0.x counts as such
-        await world.router.run(subtask, near, routed=asked.routed, emit=asked.emit)
+        await world.router.run(subtask, near, here, routed=asked.routed, emit=asked.emit)
         assert asked.nodes == ["pi"]
 
     run(body)

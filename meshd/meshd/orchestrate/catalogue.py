@@ -8,15 +8,17 @@ and both carry an age.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
 from math import inf
 
 from meshd.core.effects import Address
 from meshd.core.membership import MemberState, MemberView
 from meshd.core.scheduler import Key, Load
+from meshd.orchestrate.access import Standing
 from meshd.orchestrate.decoding import Malformed, mapping, sequence, text
+from meshd.orchestrate.distance import reach_of_host
 from meshd.orchestrate.records import (
     CAPABILITY_PREFIX,
     NODE_KEY,
@@ -73,6 +75,9 @@ class Catalogue:
         self._clock = clock
         self._index = Index()
         self._members: dict[NodeId, MemberView] = {}
+        self._named: dict[NodeId, str] = {}
+        self._bearers: defaultdict[str, list[NodeId]] = defaultdict(list)  # live, by name
+        self._roles: dict[NodeId, str] = {}  # as they have shown
         self._states: dict[NodeId, PeerState] = {}
         self._asked: dict[NodeId, None] = {}
         self._loads: dict[NodeId, _Sampled] = {}
@@ -88,6 +93,13 @@ class Catalogue:
     def members_changed(self) -> None:
         """Membership changed: read it again, and drop what is known of those who are forgotten."""
         self._members = {view.node: view for view in self._read_members()}
+        self._named = {node: view.name for node, view in self._members.items()}
+        self._bearers.clear()
+        for view in self._members.values():
+            if view.state.is_live:
+                self._bearers[view.name].append(view.node)
+        for node in [node for node in self._roles if node not in self._members]:
+            del self._roles[node]
         self._states.clear()
         for node in self._members:
             self._states[node] = self._state(node)
@@ -226,15 +238,31 @@ class Catalogue:
         )
 
     def reach_of(self, owner: NodeId) -> Privacy:
-        """LAN for an address that no router of the Internet forwards (RFC 1918, 4193, 3927), else MESH."""
+        """How far away a node is, by the address where it is reached: LAN or MESH."""
         address = self.address_of(owner)
-        if address is None:
-            return Privacy.MESH
-        try:
-            private = ip_address(address[0].partition("%")[0]).is_private
-        except ValueError:
-            return Privacy.MESH
-        return Privacy.LAN if private else Privacy.MESH
+        return reach_of_host(address[0]) if address else Privacy.MESH
+
+    def name_of(self, node: NodeId) -> str:
+        """What a member calls itself; "" for whoever is none."""
+        return self._named.get(node, "")
+
+    def is_live(self, node: NodeId) -> bool:
+        """Whether it is a member that is not dead or gone."""
+        member = self._members.get(node)
+        return member is not None and member.state.is_live
+
+    def standing_of(self, node: NodeId) -> Standing:
+        """What is known of a node, for rules that name it; its role is known once it has shown it."""
+        name = self._named.get(node, "")
+        shared = any(bearer != node for bearer in self._bearers[name])
+        return Standing(name, shared, self._roles.get(node, ""))
+
+    def note_role(self, node: NodeId, role: str) -> bool:
+        """A node has shown its role, in the certificate of a connection; whether that is news."""
+        if self._roles.get(node) == role:
+            return False
+        self._roles[node] = role
+        return True
 
     # -- inside ------------------------------------------------------------------------------------
 

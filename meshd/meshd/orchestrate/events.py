@@ -26,10 +26,12 @@ class Ask:
     body: Mapping[str, Value]  # as in `meshd_plugins.api.Operation`
     request_id: str
     deadline_s: float = 120.0
-    privacy: Privacy = Privacy.MESH
+    privacy: Privacy | None = None  # None: the node's own default
     split: bool = True  # may `auto` decompose it
     idempotency_id: str = ""
     trace: str = ""
+    principal: str = "local"  # who asks at this node: "local", "loopback" or "key:NAME"
+    privacy_max: Privacy = Privacy.CLOUD  # the farthest that this principal may send anything
 
 
 @dataclass(frozen=True, slots=True)

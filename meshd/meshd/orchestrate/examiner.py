@@ -32,6 +32,7 @@ from meshd.health import (
     StoreDifference,
     StrangerFact,
     Tally,
+    WorkerFact,
     examine,
 )
 from meshd.orchestrate.incidents import Counters, Incidents
@@ -216,6 +217,11 @@ class Examiner:
                 send_errors=lately["send_errors"],
                 epochs_raised=self.incidents.epochs_raised(),
             ),
+            workers=tuple(
+                WorkerFact(worker.name, worker.isolation.exposed)
+                for worker in parts.supervisor.statistics()
+                if worker.ready
+            ),
             peers=tuple(
                 PeerFact(
                     node=node_id_text(view.node),
@@ -242,6 +248,7 @@ class Examiner:
             },
             offences=offences_value(parts),
             differences=lasted,
+            trust=parts.trust.facts(),
         )
 
     def heard_ago_s(self, node: NodeId) -> float | None:

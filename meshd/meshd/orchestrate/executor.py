@@ -16,6 +16,7 @@ from functools import partial
 
 import trio
 
+from meshd.orchestrate.callers import Caller
 from meshd.orchestrate.events import (
     ANSWER,
     Answered,
@@ -27,6 +28,7 @@ from meshd.orchestrate.events import (
 )
 from meshd.orchestrate.planner import Plan, Step
 from meshd.orchestrate.router import Router
+from meshd_cms import NodeId
 from meshd_naming import NotServed
 from meshd_plugins.api import BadRequest, Chunk, Request, Usage
 
@@ -45,12 +47,12 @@ class Executor:
 
     Args:
         router: runs single subtasks.
-        caller: this node's id as hex: the entry node of every ask that starts here.
+        me: this node: where every ask that starts here was asked.
     """
 
-    def __init__(self, router: Router, caller: str) -> None:
+    def __init__(self, router: Router, me: NodeId) -> None:
         self._router = router
-        self._caller = caller
+        self._me = me
 
     async def run(self, ask: Ask, plan: Plan, send: Send) -> None:
         """Run a plan; the last event is `Answered`.
@@ -93,18 +95,20 @@ class Executor:
         self, ask: Ask, began_s: float, step: Step, send: Send, emit: Emit
     ) -> SubtaskDone:
         subtask = step.subtask
+        caller = Caller(self._me, ask.principal)
+        assert ask.privacy is not None, "the mesh sees to it"
         request = Request(
             request_id=ask.request_id,
             name=subtask.name,
             operation=subtask.operation,
             body=step.body,
-            caller=self._caller,
+            caller=str(caller),
             privacy=ask.privacy,
             trace=ask.trace,
             idempotency_id=f"{ask.idempotency_id or ask.request_id}/{subtask.id}",
             deadline_s=ask.deadline_s - (trio.current_time() - began_s),
         )
-        return await self._router.run(subtask, request, routed=send, emit=emit)
+        return await self._router.run(subtask, request, caller, routed=send, emit=emit)
 
 
 async def _side_by_side(

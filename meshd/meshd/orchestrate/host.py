@@ -15,6 +15,7 @@ import trio
 
 from meshd.core import admission as doors
 from meshd.core.admission import Admission, AdmissionConfig, Admitted, Queued, Ticket
+from meshd.orchestrate.access_guard import Guard, Source
 from meshd.orchestrate.records import check_fits
 from meshd_naming import parse_capability_name
 from meshd_plugins.api import (
@@ -26,6 +27,7 @@ from meshd_plugins.api import (
     Event,
     Failed,
     Logger,
+    Privacy,
     Refused,
     Request,
 )
@@ -41,6 +43,16 @@ class HostChange:
 
     capability_id: str
     descriptor: Descriptor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A request that a capability of the cloud took out of the mesh."""
+
+    capability_id: str
+    request: Request
+    source: Source
+    outcome: str  # "ok" or a code
 
 
 @dataclass(slots=True)
@@ -59,17 +71,23 @@ class CapabilityHost:
         queue_max: requests that may wait for a slot of one capability.
         changed: told of every change, in the order in which they happen.
         load_changed: told when a request comes or goes.
+        guard: lets requests in, or not.
+        departed: told of requests that a capability took out of the mesh, with how they ended.
         log: bound logger.
     """
 
     def __init__(
         self,
         *,
+        guard: Guard,
         queue_max: int,
         changed: Callable[[HostChange], None],
         load_changed: Callable[[], None],
         log: Logger,
+        departed: Callable[[Departure], None] = lambda _departure: None,
     ) -> None:
+        self._guard = guard
+        self._departed = departed
         self._queue_max = queue_max
         self._hosted: dict[str, _Hosted] = {}
         self._changed = changed
@@ -163,13 +181,16 @@ class CapabilityHost:
 
     # -- doing the work --------------------------------------------------------------------------------
 
-    async def invoke(self, capability_id: str, request: Request, emit: Emit) -> Done:
+    async def invoke(
+        self, capability_id: str, request: Request, emit: Emit, source: Source
+    ) -> Done:
         """Run one request here, chunks going to `emit` as they come.
 
         The slot is given back whatever happens. Cancellation reaches the capability at once.
 
         Raises:
-            Refused: `not_here`, `unsupported`, `draining` or `busy`; nothing was done.
+            Refused: `not_here`, `unsupported`, `draining` or `busy`; or as the guard says: `privacy`,
+                `access`, `caller`, `observer`; nothing was done.
             BadRequest: as the capability says.
             Failed: as the capability says; or `contract` if it broke the contract of
                 `meshd_plugins.api`; or `deadline_exceeded`.
@@ -179,6 +200,25 @@ class CapabilityHost:
             raise Refused(f"{capability_id} is not on this node", code="not_here")
         if request.operation not in hosted.descriptor.operations:
             raise Refused(f"{capability_id} does not {request.operation}", code="unsupported")
+        self._guard.admit(hosted.descriptor, request.name, request.privacy, source)
+        if hosted.descriptor.privacy is Privacy.CLOUD:
+            return await self._outside(hosted, request, emit, source)
+        return await self._timed(hosted, request, emit)
+
+    async def _outside(self, hosted: _Hosted, request: Request, emit: Emit, source: Source) -> Done:
+        """Run a request that leaves the mesh, and tell of it however it ends."""
+        outcome = "cancelled"
+        try:
+            done = await self._timed(hosted, request, emit)
+            outcome = "ok"
+            return done
+        except CapabilityError as error:
+            outcome = error.code
+            raise
+        finally:
+            self._departed(Departure(hosted.descriptor.id, request, source, outcome))
+
+    async def _timed(self, hosted: _Hosted, request: Request, emit: Emit) -> Done:
         self._in_flight += 1
         if self._in_flight == 1:
             self._idle = trio.Event()
@@ -187,7 +227,7 @@ class CapabilityHost:
             with trio.move_on_after(request.deadline_s):
                 return await self._admitted(hosted, request, emit)
             raise Failed(
-                f"{capability_id} did not finish within {request.deadline_s:.1f} s",
+                f"{hosted.descriptor.id} did not finish within {request.deadline_s:.1f} s",
                 code="deadline_exceeded",
             )
         finally:

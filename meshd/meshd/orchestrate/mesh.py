@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import trio
 
 from meshd.core.membership import MemberView
+from meshd.orchestrate.audit import Recorder, no_record
+from meshd.orchestrate.callers import KEY_PREFIX
 from meshd.orchestrate.catalogue import Catalogue
 from meshd.orchestrate.events import Answered, Ask, AskEvent, Piece, Routed
 from meshd.orchestrate.executor import Executor
@@ -18,7 +20,7 @@ from meshd.orchestrate.planner import AUTO, plan
 from meshd.orchestrate.service import Take
 from meshd_cms import NodeId, node_id_text
 from meshd_naming import NamingError, ResolveOptions
-from meshd_plugins.api import CapabilityError, Failed, Logger, Refused, Value
+from meshd_plugins.api import CapabilityError, Failed, Logger, Privacy, Refused, Value
 
 ERROR_CHARS_MAX = 500  # of an error's message in the canonical line
 
@@ -65,6 +67,8 @@ class Mesh:
         executor: what runs plans.
         faces: what is shown of parts that are not the mesh's, from the composition root.
         requests_max: asks in flight here; further ones are refused.
+        default_privacy: class of an ask that names none.
+        record: notes what was answered to the holders of API keys, who are not of this machine.
         log: one canonical line is written for each ask.
     """
 
@@ -76,7 +80,11 @@ class Mesh:
         *,
         requests_max: int,
         log: Logger,
+        default_privacy: Privacy = Privacy.MESH,
+        record: Recorder = no_record,
     ) -> None:
+        self._record = record
+        self._default_privacy = default_privacy
         self._catalogue = catalogue
         self._executor = executor
         self._faces = faces
@@ -95,6 +103,7 @@ class Mesh:
                 raise Refused("this node is stopping", code="draining")
             if self._asks > self._requests_max:
                 raise Refused(f"{self._requests_max} requests are in flight here", code="busy")
+            ask = self._classed(ask)
             # Looked up only where they are read: it takes a walk through the whole catalogue.
             data_names = self._catalogue.data_names() if ask.target == AUTO else ()
             planned = plan(ask, data_names)
@@ -109,6 +118,25 @@ class Mesh:
             if self._asks == 0 and self._draining:
                 self._idle.set()
             line.write(self._log)
+            if ask.principal.startswith(KEY_PREFIX):
+                line.note(self._record)
+
+    def _classed(self, ask: Ask) -> Ask:
+        """The ask with its class: the one it names, within what its principal may.
+
+        Raises:
+            Refused: `privacy`: it names a wider one.
+        """
+        most = ask.privacy_max
+        if ask.privacy is None:
+            return replace(ask, privacy=min(self._default_privacy, most))
+        if ask.privacy > most:
+            raise Refused(
+                f"{ask.principal} may send requests no further than {most.name.lower()}, and this one is for"
+                f" {ask.privacy.name.lower()}",
+                code="privacy",
+            )
+        return ask
 
     def resolve(self, name: str) -> Mapping[str, Value]:
         """Resolution of a name, explained; see `MeshService.resolve`."""
@@ -230,6 +258,7 @@ class _CanonicalLine:
         self._began_s = began_s
         self._peers: list[str] = []
         self._first_s: float | None = None
+        self._pieces = self._bytes = 0
         self.answered: Answered | None = None  # as its reader saw it
         self.error: Exception | None = None
         self.reader_broke = False  # the error came from whoever read the events
@@ -239,8 +268,11 @@ class _CanonicalLine:
         match event:
             case Routed():
                 self._peers.append(f"{event.capability_id}@{event.node_name}")
-            case Piece() if self._first_s is None:
-                self._first_s = trio.current_time() - self._began_s
+            case Piece():
+                if self._first_s is None:
+                    self._first_s = trio.current_time() - self._began_s
+                self._pieces += 1
+                self._bytes += len(event.text) + len(event.data)
             case Answered():
                 self.answered = event
             case _:
@@ -267,14 +299,29 @@ class _CanonicalLine:
             fields["finish_reason"] = self.answered.finish_reason
             fields["prompt_tokens"] = usage.prompt_tokens
             fields["completion_tokens"] = usage.completion_tokens
-            outcome = "ok"
-        elif self.error is not None:
-            outcome = self._code(self.error)
-            if isinstance(self.error, Refused | Failed):
-                fields["error"] = self.error.message[:ERROR_CHARS_MAX]
-        else:
-            outcome = "cancelled"
-        log.info("ask.finished", outcome=outcome, **fields)
+        elif isinstance(self.error, Refused | Failed):
+            fields["error"] = self.error.message[:ERROR_CHARS_MAX]
+        log.info("ask.finished", outcome=self._outcome(), **fields)
+
+    def note(self, record: Recorder) -> None:
+        """Note that this was answered to somebody beyond this machine."""
+        privacy = self._ask.privacy
+        record(
+            "answered",
+            to=self._ask.principal,
+            to_name=self._ask.principal,
+            capability=self._ask.target,
+            privacy="default" if privacy is None else privacy.name.lower(),
+            request=self._ask.request_id,
+            bytes=self._bytes,
+            pieces=self._pieces,
+            outcome=self._outcome(),
+        )
+
+    def _outcome(self) -> str:
+        if self.answered is not None:
+            return "ok"
+        return "cancelled" if self.error is None else self._code(self.error)
 
     def _code(self, error: Exception) -> str:
         """A stable code. The message of a bad request or name may quote the prompt: it is not logged."""

@@ -72,7 +72,7 @@ def _families(status: Mapping[str, Value]) -> Iterator[Family]:
         is_counter=True,
         samples=_labelled("kind", _summed(_table(status.get("offences")))),
     )
-    for area in ("streams", "routing", "storage", "discovery", "plugins"):
+    for area in ("streams", "routing", "storage", "discovery", "plugins", "audit"):
         yield from _area(area, _counts(counters.get(area)))
 
 

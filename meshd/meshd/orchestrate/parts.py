@@ -10,9 +10,11 @@ from meshd.core.effects import Address
 from meshd.core.membership import MemberView
 from meshd.core.sealing import Opener
 from meshd.orchestrate.announcer import Announcer
+from meshd.orchestrate.audit import Audit
 from meshd.orchestrate.catalogue import Catalogue
 from meshd.orchestrate.host import CapabilityHost
 from meshd.orchestrate.router import Router
+from meshd.orchestrate.trust_desk import TrustDesk
 from meshd.shell.discovery import MdnsDiscovery
 from meshd.shell.driver import GossipDriver
 from meshd.shell.seeds import Seeds
@@ -65,6 +67,8 @@ class Parts:
     announcer: Announcer
     catalogue: Catalogue
     router: Router
+    audit: Audit
+    trust: TrustDesk
     address: Callable[[], Address]
     http: str
     software: str

@@ -11,6 +11,7 @@ from meshd import __version__
 from meshd.core.membership import MemberState
 from meshd.health import Tally
 from meshd.orchestrate.parts import Parts, at
+from meshd.shell.supervisor import WorkerStatus
 from meshd_cms import NodeId, node_id_short, node_id_text
 from meshd_plugins.api import Value
 
@@ -38,13 +39,31 @@ def status_value(parts: Parts, tally: Tally) -> Mapping[str, Value]:
         "uptime_s": round(trio.current_time() - parts.began_s, 1),
         "members": states,
         "health": asdict(tally),
+        "trust": parts.trust.brief(),
         "capabilities": [descriptor.id for descriptor in parts.host.descriptors()],
         "load": dict(parts.announcer.load()),
         "load_ages_s": _load_ages(parts),
         "discovery": _discovery(parts),
-        "workers": [asdict(worker) for worker in parts.supervisor.statistics()],
+        "workers": [worker_value(worker) for worker in parts.supervisor.statistics()],
         "offences": offences_value(parts),
         "counters": _counters(parts),
+    }
+
+
+def worker_value(worker: WorkerStatus) -> dict[str, Value]:
+    """One worker process, and what holds of its isolation."""
+    isolation = worker.isolation
+    return {
+        "name": worker.name,
+        "pid": worker.pid,
+        "ready": worker.ready,
+        "open_calls": worker.open_calls,
+        "resident_bytes": worker.resident_bytes,
+        "isolation": {
+            "applied": isolation.applied,
+            "steps": dict(isolation.steps),
+            "missing": list(isolation.missing),
+        },
     }
 
 
@@ -95,6 +114,7 @@ def _counters(parts: Parts) -> Mapping[str, Value]:
         "streams": asdict(parts.streams.statistics),
         "routing": asdict(parts.router.statistics),
         "storage": asdict(parts.storage.statistics),
+        "audit": asdict(parts.audit.statistics),
         "plugins": dict(parts.plugin_statistics()),
         "discovery": {
             name: count

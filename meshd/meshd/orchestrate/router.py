@@ -18,6 +18,9 @@ import trio
 
 from meshd.core.effects import Address
 from meshd.core.scheduler import Choice, Demand, Scheduler
+from meshd.orchestrate.access import Decision
+from meshd.orchestrate.access_guard import Guard, Source
+from meshd.orchestrate.callers import Caller
 from meshd.orchestrate.catalogue import Catalogue
 from meshd.orchestrate.events import PlannedSubtask, Routed, SubtaskDone
 from meshd.orchestrate.host import CapabilityHost, Emit
@@ -38,12 +41,19 @@ ANSWER_TOKENS_DEFAULT = 128
 DEADLINE_CODE = "deadline_exceeded"
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A capability of another node."""
+
+    owner: NodeId
+    address: Address
+    capability_id: str
+
+
 class Remote(Protocol):
     """Capabilities of other nodes, as the router needs them."""
 
-    async def invoke(
-        self, owner: NodeId, address: Address, capability_id: str, request: Request, emit: Emit
-    ) -> Done:
+    async def invoke(self, target: Target, request: Request, caller: Caller, emit: Emit) -> Done:
         """Run a request on a peer. Raises Refused, BadRequest or Failed; state as those say."""
         ...
 
@@ -69,6 +79,7 @@ class RouterStatistics:
     failures: int = 0
     hung: int = 0
     not_served: int = 0
+    not_allowed: int = 0  # all that serve it were ruled out by the rules of this node
 
 
 class Router:
@@ -81,7 +92,9 @@ class Router:
         scheduler: Scheduler,
         host: CapabilityHost,
         remote: Remote,
+        guard: Guard,
     ) -> None:
+        self._guard = guard
         self._config = config
         self._catalogue = catalogue
         self._scheduler = scheduler
@@ -93,6 +106,7 @@ class Router:
         self,
         subtask: PlannedSubtask,
         request: Request,
+        caller: Caller,
         *,
         routed: Callable[[Routed], Awaitable[None]],
         emit: Emit,
@@ -102,6 +116,7 @@ class Router:
         Args:
             subtask: its name and operation decide who may serve it.
             request: `deadline_s` is what is left of the whole ask.
+            caller: who asks.
             routed: told of each attempt before it starts.
             emit: gets the pieces.
 
@@ -112,12 +127,12 @@ class Router:
         self.statistics.requests += 1
         began_s = trio.current_time()
         deadline = _Deadline(began_s + request.deadline_s, request.deadline_s)
-        choices = self._candidates(subtask, request)
+        choices = self._candidates(subtask, request, caller)
         failures: list[tuple[str, Refused | Failed]] = []
         for attempt, choice in enumerate(choices, 1):
             self.statistics.retries += attempt > 1
             await routed(_routed(subtask, choice, attempt))
-            trial = _Trial(self, choice.candidate, deadline, emit)
+            trial = _Trial(self, choice.candidate, caller, deadline, emit)
             try:
                 done = await trial.run(request)
             except (Refused, Failed) as failure:
@@ -129,7 +144,9 @@ class Router:
             return _subtask_done(subtask, choice.candidate, done, began_s, trial.first_at_s)
         raise _told(failures)
 
-    def _candidates(self, subtask: PlannedSubtask, request: Request) -> tuple[Choice, ...]:
+    def _candidates(
+        self, subtask: PlannedSubtask, request: Request, caller: Caller
+    ) -> tuple[Choice, ...]:
         options = ResolveOptions(
             operation=str(subtask.operation),
             privacy=request.privacy,
@@ -139,19 +156,37 @@ class Router:
         if not resolution.candidates:
             self.statistics.not_served += 1
             raise resolution.not_served()
-        return self._order(resolution.candidates, request)
-
-    def _order(self, candidates: tuple[Candidate, ...], request: Request) -> tuple[Choice, ...]:
-        choices = self._scheduler.order(
-            candidates,
+        ordered = self._scheduler.order(
+            resolution.candidates,
             demand_of(request),
             self._catalogue.load_of,
             self._catalogue.round_trip_of,
             trio.current_time(),
         )
-        return choices[: self._config.attempts_max]
+        return self._allowed(ordered, request, caller)
 
-    async def attempt(self, candidate: Candidate, request: Request, emit: Emit) -> Done:
+    def _allowed(
+        self, ordered: tuple[Choice, ...], request: Request, caller: Caller
+    ) -> tuple[Choice, ...]:
+        """The first ones that may be tried. Who serves asks the same again, by its own rules."""
+        chosen: list[Choice] = []
+        refused: Decision | None = None
+        for choice in ordered:
+            decision = self._guard.may_send(choice.candidate.offer, caller, request.privacy)
+            if not decision.allowed:
+                refused = refused or decision
+                continue
+            chosen.append(choice)
+            if len(chosen) == self._config.attempts_max:
+                break
+        if not chosen and refused is not None:
+            self.statistics.not_allowed += 1
+            raise Refused(refused.why, code=refused.code)
+        return tuple(chosen)
+
+    async def attempt(
+        self, candidate: Candidate, request: Request, caller: Caller, emit: Emit
+    ) -> Done:
         """Ask one candidate, counting it in flight and remembering how it went."""
         offer = candidate.offer
         key = (offer.owner, offer.capability_id)
@@ -159,9 +194,10 @@ class Router:
         try:
             if candidate.local:
                 self.statistics.served_here += 1
-                done = await self._host.invoke(offer.capability_id, request, emit)
+                source = Source(caller)
+                done = await self._host.invoke(offer.capability_id, request, emit, source)
             else:
-                done = await self._forward(candidate, request, emit)
+                done = await self._forward(candidate, request, caller, emit)
         except Failed as failure:
             self.statistics.failures += 1
             if failure.code != DEADLINE_CODE:  # how long it may take was our choice
@@ -176,14 +212,17 @@ class Router:
         finally:
             self._scheduler.in_flight.finish(token, trio.current_time())
 
-    async def _forward(self, candidate: Candidate, request: Request, emit: Emit) -> Done:
+    async def _forward(
+        self, candidate: Candidate, request: Request, caller: Caller, emit: Emit
+    ) -> Done:
         offer = candidate.offer
         address = self._catalogue.address_of(offer.owner)
         if address is None:
             raise Refused(f"{offer.node_name} is not a member any more", code="not_here")
         self.statistics.forwarded += 1
         forwarded = replace(request, hops=request.hops + 1)
-        return await self._remote.invoke(offer.owner, address, offer.capability_id, forwarded, emit)
+        target = Target(offer.owner, address, offer.capability_id)
+        return await self._remote.invoke(target, forwarded, caller, emit)
 
     def note_hung(self, candidate: Candidate) -> None:
         """A candidate was silent for too long: hold it against it."""
@@ -215,10 +254,16 @@ class _Trial:
     """One attempt, watched: silence beyond the bounds ends it, and so does the deadline."""
 
     def __init__(
-        self, router: Router, candidate: Candidate, deadline: _Deadline, emit: Emit
+        self,
+        router: Router,
+        candidate: Candidate,
+        caller: Caller,
+        deadline: _Deadline,
+        emit: Emit,
     ) -> None:
         self._router = router
         self._candidate = candidate
+        self._caller = caller
         self._deadline = deadline
         self._emit = emit
         self._silence = trio.CancelScope()
@@ -237,7 +282,9 @@ class _Trial:
         self._silence.deadline = now_s + self._router.config.first_piece_s
         with trio.move_on_at(self._deadline.at_s):
             with self._silence:
-                return await self._router.attempt(self._candidate, request, self._piece)
+                return await self._router.attempt(
+                    self._candidate, request, self._caller, self._piece
+                )
             raise self._hung()
         raise self._deadline.error()
 

@@ -8,12 +8,42 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
+from meshd.orchestrate.audit import Wanted
 from meshd.orchestrate.events import Ask, AskEvent
 from meshd.orchestrate.metrics import Family
 from meshd_plugins.api import Value
 
 Take: TypeAlias = Callable[[AskEvent], Awaitable[None]]
 """Where the events of an ask go, in order."""
+
+
+class AccessService(Protocol):
+    """Who may use what at a node, and what left it."""
+
+    def access(self) -> Mapping[str, Value]:
+        """The rules in force, what they are about here, and how often each decided."""
+        ...
+
+    def record(self, kind: str, /, **fields: Value) -> None:
+        """Note in the trail that something happened; never content."""
+        ...
+
+    async def check(self, name: str, caller: str, privacy: str, at: str) -> Mapping[str, Value]:
+        """How a request would be decided, question by question; `""` stands for the default.
+
+        Raises:
+            meshd_naming.NamingError: the name is malformed.
+            meshd_plugins.api.CapabilityError: no such caller, class or node; or it did not answer.
+        """
+        ...
+
+    async def audit(self, wanted: Wanted) -> Mapping[str, Value]:
+        """`{"audit": [...]}`, oldest first. Raises CapabilityError: it cannot be read."""
+        ...
+
+    async def audit_verify(self) -> Mapping[str, Value]:
+        """Whether the trail is as it was written. Raises CapabilityError: it cannot be read."""
+        ...
 
 
 class MeshService(Protocol):
