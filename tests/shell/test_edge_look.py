@@ -130,7 +130,9 @@ async def test_metrics_are_text_of_the_exposition_format(tmp_path: Path) -> None
         status, kind, body = await trio.to_thread.run_sync(request, sockets.port, "/metrics")
     assert (status, kind) == (200, "text/plain; version=0.0.4; charset=utf-8")
     assert 'meshd_members{state="alive"} 2\n' in body
-    assert body.endswith("meshd_gossip_rumours_sent_total 1234567\n")
+    assert "meshd_gossip_rumours_sent_total 1234567\n" in body
+    assert "\nmeshd_http_requests_total 1\n" in body
+    assert body.endswith('meshd_http_refused_total{code="version_not_supported"} 0\n')
 
 
 @trio_test

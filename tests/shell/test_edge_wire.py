@@ -112,7 +112,8 @@ def test_a_large_body_is_refused_unread(tmp_path: Path, declared: bool) -> None:
     async def test(mesh: FakeMesh, sockets: EdgeSockets) -> None:
         client = await connect(sockets)
         head = "Content-Length: 500000000" if declared else "Transfer-Encoding: chunked"
-        request = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode()
+        kind = "Content-Type: application/json"
+        request = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n{kind}\r\n{head}\r\n\r\n".encode()
         if not declared:
             request += b"1000\r\n" + b"x" * 0x1000 + b"\r\n"
         status, headers, body = await exchange(client, request)
@@ -182,10 +183,30 @@ def test_noise_leaves_the_server_up(tmp_path: Path, noise: bytes) -> None:
     [
         ("localhost:8642", "", 200, None),
         ("127.0.0.1", "", 200, None),
-        ("[::1]:8642", "Origin: http://localhost:3000\r\n", 200, None),
+        ("[::1]:8642", "Origin: http://[::1]:8642\r\n", 200, None),
+        ("LOCALHOST.:8642", "X-Forwarded-Host: evil.example\r\n", 200, None),
+        ("[0:0:0:0:0:0:0:1]", "Sec-Fetch-Site: none\r\n", 200, None),
+        ("localhost:8642", "Sec-Fetch-Site: same-origin\r\n", 200, None),
         ("evil.example", "", 403, "host_not_allowed"),
         ("localhost.evil.example:8642", "", 403, "host_not_allowed"),
+        ("127.0.0.1.evil.example", "", 403, "host_not_allowed"),
+        ("evil.localhost", "", 403, "host_not_allowed"),
+        ("localhost..", "", 403, "host_not_allowed"),
+        ("evil.example@localhost", "", 403, "host_not_allowed"),
+        ("localhost:8642:1", "", 403, "host_not_allowed"),
+        ("localhost:", "", 403, "host_not_allowed"),
+        ("0.0.0.0:8642", "", 403, "host_not_allowed"),
+        ("2130706433", "", 403, "host_not_allowed"),
+        ("[::ffff:c0a8:101]", "", 403, "host_not_allowed"),
+        ("[::1%eth0]", "", 403, "host_not_allowed"),
+        ("", "", 403, "host_not_allowed"),
+        ("evil.example", "X-Forwarded-Host: localhost\r\n", 403, "host_not_allowed"),
         ("localhost", "Origin: https://evil.example\r\n", 403, "origin_not_allowed"),
+        ("localhost:8642", "Origin: http://localhost:3000\r\n", 403, "origin_not_allowed"),
+        ("localhost:8642", "Origin: http://127.0.0.1:8642\r\n", 403, "origin_not_allowed"),
+        ("localhost", "Origin: app://localhost\r\n", 403, "origin_not_allowed"),
+        ("localhost", "Sec-Fetch-Site: cross-site\r\n", 403, "origin_not_allowed"),
+        ("localhost", "Sec-Fetch-Site: same-site\r\n", 403, "origin_not_allowed"),
         ("localhost", "Origin: null\r\n", 403, "origin_not_allowed"),
     ],
 )
@@ -203,11 +224,11 @@ def test_web_pages_are_kept_out(
     run(tmp_path, test)
 
 
-def test_leaving_takes_the_unix_socket(tmp_path: Path) -> None:
+def test_leaving_takes_the_unix_socket_or_a_key(tmp_path: Path) -> None:
     async def test(mesh: FakeMesh, sockets: EdgeSockets) -> None:
         request = post("/mesh/v1/leave", b"")
         status, _, body = await exchange(await connect(sockets), request)
-        assert (status, json.loads(body)["error"]["code"]) == (403, "unix_socket_only")
+        assert (status, json.loads(body)["error"]["code"]) == (403, "scope_missing")
         assert not mesh.left
         unix = await trio.open_unix_socket(sockets.path)
         status, _, _ = await exchange(unix, post("/mesh/v1/leave", b"", host="meshd"))

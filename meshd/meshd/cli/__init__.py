@@ -11,7 +11,23 @@ from typing import Final
 import click
 
 from meshd import __version__
-from meshd.cli import ask, complete, doctor, look, node, peers, store
+from meshd.cli import (
+    acl,
+    ask,
+    audit,
+    complete,
+    doctor,
+    invite,
+    join,
+    key,
+    keys,
+    look,
+    node,
+    peers,
+    revoke,
+    store,
+    trust,
+)
 from meshd.cli.failures import CommandError, Exit
 from meshd.cli.settings import Settings
 
@@ -48,6 +64,24 @@ class _Group(click.Group):
     help="The daemon's Unix socket. Otherwise found from the configuration.",
 )
 @click.option(
+    "--url",
+    default="",
+    envvar="MESHD_URL",
+    show_envvar=True,
+    help="A daemon on another machine, such as https://192.168.1.10:8642.",
+)
+@click.option(
+    "--key-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File with the API key for it; for nobody else to read.",
+)
+@click.option(
+    "--fingerprint",
+    default="",
+    metavar="sha256//...",
+    help="Of that daemon's key, as `meshd status` shows it there.",
+)
+@click.option(
     "--config",
     "config_paths",
     type=click.Path(path_type=Path),
@@ -60,11 +94,21 @@ class _Group(click.Group):
 def cli(
     ctx: click.Context,
     socket: Path | None,
+    url: str,
+    key_file: Path | None,
+    fingerprint: str,
     config_paths: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """One place to ask for all your small computers."""
-    ctx.obj = Settings(socket=socket, config_paths=config_paths, as_json=as_json)
+    ctx.obj = Settings(
+        socket=socket,
+        url=url,
+        key_file=key_file,
+        fingerprint=fingerprint,
+        config_paths=config_paths,
+        as_json=as_json,
+    )
 
 
 for command in (
@@ -76,10 +120,18 @@ for command in (
     look.plugins,
     look.config,
     store.store,
+    acl.acl,
+    audit.audit,
     doctor.doctor,
     node.run,
     node.init,
+    invite.invite,
+    join.join,
     node.leave,
+    key.key,
+    trust.trust,
+    revoke.revoke,
+    keys.keys,
     complete.completion,
 ):
     cli.add_command(command)

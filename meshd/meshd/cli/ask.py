@@ -39,7 +39,7 @@ _PROMPT_SHOWN_CHARS: Final = 60
 @click.option(
     "--privacy",
     type=click.Choice(["local", "lan", "mesh", "cloud"]),
-    help="How far the question may travel.",
+    help="How far the question may travel; else the node's default.",
 )
 @click.option("--no-split", is_flag=True, help="Do not let `auto` split the question.")
 @click.option(

@@ -1,4 +1,4 @@
-"""HTTP over the daemon's Unix socket, with the standard library: starting fast matters here."""
+"""HTTP to the daemon, by its Unix socket or from another machine, with the standard library: starting fast matters."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from meshd.cli.failures import (
 )
 
 if TYPE_CHECKING:
+    from meshd.cli.remote import Remote
     from meshd_plugins.api import Value
 
 ANSWER_S: Final = 5.0  # for views
@@ -50,11 +51,23 @@ class Client:
 
     Args:
         paths: where its socket may be, best first; the first that exists is used.
+        remote: a daemon on another machine, which is used instead.
     """
 
-    def __init__(self, paths: tuple[Path, ...]) -> None:
+    def __init__(self, paths: tuple[Path, ...], remote: Remote | None = None) -> None:
         existing = (path for path in paths if _exists(path))
-        self.path = next(existing, paths[0])
+        self.path = next(existing, paths[0]) if paths else Path()
+        self.remote = remote
+
+    @property
+    def where(self) -> str:
+        """Socket or URL, for people."""
+        return str(self.path) if self.remote is None else self.remote.url
+
+    @property
+    def has_socket(self) -> bool:
+        """Whether there is something where the socket should be."""
+        return self.remote is None and _exists(self.path)
 
     def get(self, view: str, *, timeout_s: float = ANSWER_S, **query: str) -> Mapping[str, Value]:
         """One of the views, such as `status`; docs/api.md lists them.
@@ -68,6 +81,27 @@ class Client:
                 f"{key}={quote(value, safe='')}" for key, value in query.items()
             )
         with self._exchange("GET", target, None, timeout_s) as response:
+            return _object(response.read())
+
+    def post(
+        self, action: str, payload: Mapping[str, Value], *, timeout_s: float = ANSWER_S
+    ) -> Mapping[str, Value]:
+        """Do something, such as `keys`; docs/api.md lists what there is.
+
+        Raises:
+            CommandError: not reachable, or the daemon's own error.
+        """
+        with self._exchange("POST", f"/mesh/v1/{action}", payload, timeout_s) as response:
+            return _object(response.read())
+
+    def delete(self, thing: str, name: str, *, timeout_s: float = ANSWER_S) -> Mapping[str, Value]:
+        """Take something away, such as one of the `keys`.
+
+        Raises:
+            CommandError: not reachable, or the daemon's own error.
+        """
+        target = f"/mesh/v1/{thing}/{quote(name, safe='')}"
+        with self._exchange("DELETE", target, None, timeout_s) as response:
             return _object(response.read())
 
     def leave(self) -> None:
@@ -118,10 +152,17 @@ class Client:
     def _exchange(
         self, method: str, target: str, payload: Mapping[str, Value] | None, timeout_s: float
     ) -> Generator[http.client.HTTPResponse, None, None]:
-        connection = _UnixConnection(self.path, timeout_s)
+        remote = self.remote
+        connection = (
+            _UnixConnection(self.path, timeout_s)
+            if remote is None
+            else remote.connection(timeout_s)
+        )
         try:
             body = None if payload is None else json.dumps(payload).encode()
             headers = {} if body is None else {"Content-Type": "application/json"}
+            if remote is not None and remote.key:
+                headers["Authorization"] = f"Bearer {remote.key}"
             # A daemon that refuses a request may close before it has all of it; its answer is there.
             with suppress(BrokenPipeError):
                 connection.request(method, target, body=body, headers=headers)
@@ -129,18 +170,31 @@ class Client:
             if response.status != 200:
                 raise _refusal(response)
             yield response
-        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
-            raise not_running(self.path) from error
-        except PermissionError as error:
-            raise not_permitted(self.path) from error
         except TimeoutError as error:
-            raise no_answer(self.path, timeout_s) from error
-        except (http.client.HTTPException, ConnectionError) as error:
-            raise CommandError(
-                f"the daemon broke off: {type(error).__name__}", Exit.UNREACHABLE
-            ) from error
+            raise no_answer(self.where, timeout_s) from error
+        except (http.client.HTTPException, OSError) as error:
+            raise self._failure(error) from error
         finally:
             connection.close()
+
+    def _failure(self, error: http.client.HTTPException | OSError) -> CommandError:
+        """What went wrong between us and the daemon."""
+        broken = CommandError(f"the daemon broke off: {type(error).__name__}", Exit.UNREACHABLE)
+        if isinstance(error, http.client.HTTPException):
+            return broken
+        if self.remote is not None:
+            from meshd.cli.remote import unreachable
+
+            return unreachable(self.remote.url, error)
+        match error:
+            case FileNotFoundError() | ConnectionRefusedError() | NotADirectoryError():
+                return not_running(self.path)
+            case PermissionError():
+                return not_permitted(self.path)
+            case ConnectionError():
+                return broken
+            case _:
+                raise error
 
 
 def _exists(path: Path) -> bool:

@@ -39,6 +39,19 @@ def names(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[
     ]
 
 
+def nodes(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of members."""
+    settings = Settings(socket=ctx.find_root().params.get("socket"))
+    try:
+        rows = settings.client().get("peers", timeout_s=_WAIT_S).get("peers")
+    except (CommandError, OSError):
+        return []
+    if not isinstance(rows, list):
+        return []
+    found = sorted(str(row.get("name")) for row in rows if isinstance(row, dict))
+    return [CompletionItem(name) for name in found if name.startswith(incomplete)]
+
+
 def targets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """`auto`, and names."""
     auto = [CompletionItem("auto", help="meshd picks")] if "auto".startswith(incomplete) else []

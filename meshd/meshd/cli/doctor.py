@@ -46,17 +46,19 @@ def doctor(ctx: click.Context, settings: Settings) -> None:
 
 def _report(settings: Settings) -> Mapping[str, Value]:
     """From the daemon, or from here when it cannot be reached."""
+    elsewhere = False
     try:
         client = settings.client()
+        elsewhere = client.remote is not None
         try:
             return {"daemon": True, **client.get("doctor", timeout_s=DOCTOR_S)}
         except CommandError as error:
-            if error.exit_code != Exit.UNREACHABLE:
+            if elsewhere or error.exit_code != Exit.UNREACHABLE:
                 raise
             denied = error.message if isinstance(error.__cause__, PermissionError) else ""
             path = str(client.path)
     except CommandError as error:
-        if error.exit_code not in (Exit.UNREACHABLE, Exit.USAGE):
+        if elsewhere or error.exit_code not in (Exit.UNREACHABLE, Exit.USAGE):
             raise
         denied, path = "", str(settings.socket or "")
     from meshd.cli.standstill import report_without_daemon

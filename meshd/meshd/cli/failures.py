@@ -31,6 +31,7 @@ class Exit(IntEnum):
 
 _EXIT_OF_STATUS: Mapping[int, Exit] = {
     400: Exit.USAGE,
+    401: Exit.REFUSED,
     403: Exit.REFUSED,
     404: Exit.NOT_SERVED,
     413: Exit.USAGE,
@@ -75,7 +76,7 @@ def not_running(path: Path) -> CommandError:
     """Nobody listens on the socket."""
     return CommandError(
         f"meshd is not running (no socket at {path}): start it with `meshd run` or "
-        "`systemctl start meshd`",
+        "`systemctl start meshd`; for one on another machine see `meshd --url`",
         Exit.UNREACHABLE,
     )
 
@@ -90,9 +91,9 @@ def not_permitted(path: Path) -> CommandError:
     )
 
 
-def no_answer(path: Path, seconds: float) -> CommandError:
-    """Somebody holds the socket and says nothing."""
+def no_answer(where: str, seconds: float) -> CommandError:
+    """Somebody holds the socket, or the port, and says nothing."""
     return CommandError(
-        f"the daemon on {path} does not answer within {seconds:g} s; `journalctl -u meshd` may say why",
+        f"the daemon on {where} does not answer within {seconds:g} s; `journalctl -u meshd` may say why",
         Exit.UNREACHABLE,
     )

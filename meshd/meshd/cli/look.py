@@ -18,6 +18,7 @@ from meshd.cli.render import (
     load_text,
     plain,
     rows_of,
+    size,
     table,
     tally_text,
     terminal_width,
@@ -87,6 +88,8 @@ def status(settings: Settings, verbose: bool) -> None:
     if "health" in view:
         shown["health"] = _health(view.get("health"))
     click.echo(facts(shown, skip=_LONG))
+    for row in rows_of(view, "workers"):
+        click.echo(f"worker {_worker(row)}")
     counters = view.get("counters")
     if verbose and isinstance(counters, Mapping):
         click.echo("\ncounters\n" + textwrap.indent(facts(counters), "  "))
@@ -96,6 +99,20 @@ def _health(value: Value) -> str:
     """`2 warnings: run `meshd doctor``; what needs asking around is not in it."""
     told = tally_text(value if isinstance(value, Mapping) else {}, ("errors", "warnings"))
     return f"{told}: run `meshd doctor`" if told else "well, as far as is known here"
+
+
+def _worker(row: Mapping[str, Value]) -> str:
+    """`llama:small (pid 123, 130 MB): locked in; not held: ...`."""
+    isolation = _inside(row, "isolation")
+    steps, missing = _inside(isolation, "steps"), isolation.get("missing")
+    if not row.get("ready"):
+        how = "starting"
+    elif not isolation.get("applied"):
+        how = "not locked in"
+    else:
+        how = f"files: {plain(steps.get('keys_out_of_reach'))}, network: {plain(steps.get('no_network'))}"
+        how += f"; does not hold: {plain(missing)}" if missing else "; every step holds"
+    return f"{plain(row.get('name'))} (pid {plain(row.get('pid'))}, {size(row.get('resident_bytes'))}): {how}"
 
 
 def _gossip(view: Mapping[str, Value]) -> str:

@@ -14,6 +14,7 @@ from meshd.cli.failures import CommandError, Exit
 
 if TYPE_CHECKING:
     from meshd.cli.client import Client
+    from meshd.cli.remote import Remote
     from meshd.config import Config
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,6 +25,9 @@ class Settings:
     """Options of the whole command line."""
 
     socket: Path | None = None
+    url: str = ""
+    key_file: Path | None = None
+    fingerprint: str = ""
     config_paths: tuple[Path, ...] = ()
     as_json: bool = False
 
@@ -43,11 +47,15 @@ class Settings:
     def client(self) -> Client:
         """A client of the daemon that the options mean.
 
+        The one on this machine by its socket; where there is none, the one that client.toml names.
+
         Raises:
             CommandError: the configuration is wrong.
         """
         from meshd.cli.client import Client
 
+        if self.url or self.key_file is not None:
+            return Client((), self._remote())
         if self.socket is not None:
             return Client((self.socket,))
         from meshd.config import Config, ConfigUnreadable, socket_candidates
@@ -59,7 +67,28 @@ class Settings:
             if self.config_paths or not isinstance(error.__cause__, ConfigUnreadable):
                 raise
             config = Config()
-        return Client(socket_candidates(config))
+        local = Client(socket_candidates(config))
+        if local.has_socket or self.config_paths:
+            return local
+        from meshd.cli.remote import config_file, read_config
+
+        remote = read_config(config_file())
+        return local if remote is None else Client((), remote)
+
+    def _remote(self) -> Remote:
+        """What the options say, filled up from client.toml as far as that is about the same daemon."""
+        from meshd.cli.remote import Remote, config_file, read_config, read_key
+
+        known = read_config(config_file())
+        if self.url and known is not None and known.url.rstrip("/") != self.url.rstrip("/"):
+            known = None  # a key goes to nobody but the daemon that it is for
+        url = self.url or ("" if known is None else known.url)
+        if not url:
+            raise CommandError("which daemon? Give --url", Exit.USAGE)
+        key = "" if known is None else known.key
+        if self.key_file is not None:
+            key = read_key(self.key_file)
+        return Remote(url, key, self.fingerprint or ("" if known is None else known.fingerprint))
 
 
 pass_settings = click.make_pass_decorator(Settings, ensure=True)

@@ -17,6 +17,7 @@ import trio
 from meshd.cli.failures import CommandError
 from meshd.config import Config
 from meshd.edge.errors import EdgeError
+from meshd.edge.exposure import keys_for
 from meshd.edge.sockets import open_tcp_socket
 from meshd.health import ClockFacts, Facts, Trouble, TroubleKind, examine
 from meshd.orchestrate.lookout import report_value
@@ -78,6 +79,7 @@ def _obstacles(config: Config) -> Iterator[Trouble]:
     except ListenError as error:
         yield Trouble(TroubleKind.PORT, str(error))
     try:
+        keys_for(config)
         open_tcp_socket(config.http.host, config.http.port).close()
     except EdgeError as error:
         yield Trouble(TroubleKind.PORT, str(error))

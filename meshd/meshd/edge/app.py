@@ -8,28 +8,57 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from meshd.edge.context import CONTEXT_KEY, context_of, log_unexpected, make_context
-from meshd.edge.errors import ClientGone, RequestError, problem_of
-from meshd.edge.http import header, send_json, send_problem
+from meshd.edge.access_api import AdminRecorder, access_routes
+from meshd.edge.context import context_of
+from meshd.edge.counters import EdgeCounters
+from meshd.edge.errors import RequestError
+from meshd.edge.front import Front
+from meshd.edge.gate import Gate
+from meshd.edge.http import send_json
+from meshd.edge.invite_api import invite_routes
+from meshd.edge.keys_api import KeyList, KeyMaker, KeyRevoker
 from meshd.edge.limits import EdgeLimits
 from meshd.edge.look_api import Doctor, Metrics, StoreDiff, StoreView
-from meshd.edge.mesh_api import Leave, MeshAsk, Resolve, View
+from meshd.edge.mesh_api import Leave, MeshAsk, Resolve, Status, View
 from meshd.edge.openai import CHAT, COMPLETION, Completions, ModelList
 from meshd.edge.targets import Models
+from meshd.edge.trust_api import trust_routes
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import Receive, Scope, Send
 
-    from meshd.orchestrate.service import MeshService
+    from meshd.edge.exposure import Exposure
+    from meshd.orchestrate.service import AccessService, MeshService
+    from meshd.orchestrate.trust_desk import TrustDesk
+    from meshd.shell.joining_desk import JoinDesk
 
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
+def build_app(
+    service: MeshService,
+    limits: EdgeLimits | None = None,
+    *,
+    exposure: Exposure | None = None,
+    counters: EdgeCounters | None = None,
+    access: AccessService | None = None,
+    desk: JoinDesk | None = None,
+    trust: TrustDesk | None = None,
+) -> Starlette:
+    """The application over `service`. It holds no state of its own but a second of catalogue, and rates.
 
-def build_app(service: MeshService, limits: EdgeLimits | None = None) -> Starlette:
-    """The application over `service`. It holds no state of its own but a second of catalogue."""
+    Args:
+        service: what it is a face of.
+        limits: what one client may cost.
+        exposure: API keys and certificate; without it no key is good.
+        counters: the server's, which are then shown beside the application's.
+        access: rules and the audit trail, where there are any to show.
+        desk: where others are let in, where they can be.
+        trust: who belongs to the mesh, and under which keys.
+    """
     limits = limits or EdgeLimits()
+    counters = counters or EdgeCounters()
+    keys = None if exposure is None else exposure.keys
     models = Models(service)
     routes = [
         Route("/v1/chat/completions", Completions(service, models, limits, CHAT), methods=["POST"]),
@@ -40,7 +69,7 @@ def build_app(service: MeshService, limits: EdgeLimits | None = None) -> Starlet
         Route("/v1/models/{id:path}", ModelList(models), methods=["GET"]),
         Route("/mesh/v1/ask", MeshAsk(service, models, limits), methods=["POST"]),
         Route("/mesh/v1/resolve", Resolve(service, models), methods=["GET"]),
-        Route("/mesh/v1/status", View("status", service.status), methods=["GET"]),
+        Route("/mesh/v1/status", Status(service, exposure), methods=["GET"]),
         Route("/mesh/v1/peers", View("peers", service.peers), methods=["GET"]),
         Route("/mesh/v1/capabilities", View("capabilities", service.capabilities), methods=["GET"]),
         Route("/mesh/v1/plugins", View("plugins", service.plugins), methods=["GET"]),
@@ -48,13 +77,27 @@ def build_app(service: MeshService, limits: EdgeLimits | None = None) -> Starlet
         Route("/mesh/v1/store", StoreView(service), methods=["GET"]),
         Route("/mesh/v1/store/diff", StoreDiff(service, limits), methods=["GET"]),
         Route("/mesh/v1/doctor", Doctor(service, limits), methods=["GET"]),
-        Route("/metrics", Metrics(service), methods=["GET"]),
+        Route("/metrics", Metrics(service, counters), methods=["GET"]),
         Route("/mesh/v1/leave", Leave(service, limits), methods=["POST"]),
+        Route("/mesh/v1/keys", KeyList(exposure), methods=["GET"]),
+        Route("/mesh/v1/keys", KeyMaker(exposure, limits), methods=["POST"]),
+        Route("/mesh/v1/keys/{name}", KeyRevoker(exposure), methods=["DELETE"]),
         Route("/healthz", Health(), methods=["GET"]),
+        *(access_routes(access) if access else ()),
+        *(invite_routes(desk, limits) if desk else ()),
+        *(trust_routes(trust, limits) if trust else ()),
     ]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Front, hosts=limits.hosts)],
+        middleware=[
+            Middleware(
+                Front,
+                gate=Gate(keys, require_key=limits.require_key),
+                names=() if exposure is None else exposure.names,
+                counters=counters,
+            ),
+            *([Middleware(AdminRecorder, record=access.record)] if access else ()),
+        ],
         exception_handlers={404: _no_route, 405: _wrong_method},
     )
 
@@ -79,61 +122,3 @@ class Health:
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Answer one request."""
         await send_json(send, 200, b'{"status":"ok"}', context_of(scope).headers)
-
-
-class Front:
-    """Stands before every endpoint: identifies requests, checks where they come from, answers errors.
-
-    What an endpoint raises before its answer began becomes an error answer here, and only here.
-
-    A web page that a person happens to look at can send requests to loopback. Two checks keep it out:
-    the Host header must be a loopback name (a page that rebinds its own DNS name to 127.0.0.1 sends its
-    own name), and an Origin header, which browsers add to cross-site posts, must be loopback too. There
-    are no CORS headers, so pages of other origins can read nothing. A Unix socket has its file mode.
-    """
-
-    def __init__(self, app: ASGIApp, hosts: tuple[str, ...] = ()) -> None:
-        self._app = app
-        self._hosts = _LOOPBACK | {host.lower() for host in hosts}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request; anything but HTTP is turned away."""
-        if scope["type"] != "http":
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008})
-            return
-        context = make_context(scope)
-        scope[CONTEXT_KEY] = context
-        try:
-            if not context.unix:
-                self._check_source(scope)
-            await self._app(scope, receive, send)
-        except ClientGone:
-            return
-        except Exception as error:  # noqa: BLE001 - the per-request boundary: the daemon stays up
-            log_unexpected(context, scope, error)
-            await send_problem(scope, receive, send, problem_of(error), context.headers)
-
-    def _check_source(self, scope: Scope) -> None:
-        host = header(scope, b"host")
-        if _host_name(host) not in self._hosts:
-            raise RequestError(
-                f"Host {host!r} is not a name of this machine's loopback; use localhost or 127.0.0.1",
-                code="host_not_allowed",
-                status=403,
-            )
-        origin = header(scope, b"origin")
-        if origin and _host_name(origin.partition("://")[2]) not in self._hosts:
-            raise RequestError(
-                f"Requests from web pages of {origin!r} are not served",
-                code="origin_not_allowed",
-                status=403,
-            )
-
-
-def _host_name(host: str) -> str:
-    """The name in a Host header: without its port, without brackets, in lower case."""
-    host = host.strip().lower()
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]

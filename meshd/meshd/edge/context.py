@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, cast
 import structlog
 
 from meshd.edge.errors import is_expected, unwrapped
+from meshd.edge.gate import LOCAL, Access
 
 if TYPE_CHECKING:
     from starlette.types import Scope
@@ -28,13 +29,14 @@ _TRACE: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """One HTTP request's identity."""
+    """One HTTP request's identity, and who makes it."""
 
     request_id: str  # the client's x-request-id where it is fit, otherwise 16 random hex digits
     idempotency_id: str
     trace: str  # W3C traceparent, "" when absent or malformed
     unix: bool  # came in through the Unix socket
     headers: tuple[tuple[bytes, bytes], ...]  # that every answer carries
+    access: Access = LOCAL  # who calls; of requests over TCP the front finds out
 
 
 def make_context(scope: Scope) -> RequestContext:

@@ -4,6 +4,7 @@ EdgeError
   EdgePortInUse       the TCP port is taken; nothing listens
   EdgeSocketInUse     another daemon answers on the Unix socket; its file was left alone
   EdgeSocketDenied    the Unix socket's file cannot be made; nothing listens
+  EdgeNotSecured      to listen beyond loopback, a key or a usable certificate is missing
 
 RequestError          the client's request is wrong; nothing was asked of the mesh
 ClientGone            the client closed its connection; what it had asked for is cancelled
@@ -46,6 +47,12 @@ class EdgeSocketDenied(EdgeError):
     code = "edge_socket_denied"
 
 
+class EdgeNotSecured(EdgeError):
+    """Others could reach the port, and it lacks what would keep them out. State: nothing is open."""
+
+    code = "edge_not_secured"
+
+
 class ClientGone(Exception):
     """The client closed its connection before it had its whole answer."""
 
@@ -57,7 +64,8 @@ class RequestError(Exception):
         message: for people; names what was found and what would be right.
         code: stable, for programs.
         param: the parameter at fault, in the client's own terms (`messages[0].content`).
-        status: 400, or one of 403, 404, 405, 408, 413.
+        status: 400, or another one below 500 that `_KINDS` knows.
+        retry_after_s: whole seconds after which it may be tried again.
     """
 
     def __init__(
@@ -67,12 +75,14 @@ class RequestError(Exception):
         code: str = "invalid_value",
         param: str | None = None,
         status: int = 400,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.code = code
         self.param = param
         self.status = status
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +122,10 @@ _REFUSED: Mapping[str, tuple[int, int | None]] = {
     "unknown_node": (404, None),
     "unsupported": (400, None),
     "privacy": (403, None),
+    "access": (403, None),
+    "caller": (403, None),
+    "observer": (403, None),
+    "not_an_issuer": (403, None),
     "too_large": (413, None),
     "hop_limit": (502, None),
 }
@@ -122,16 +136,22 @@ _FAILED_OTHER = 502
 
 _KINDS: Mapping[int, str] = {
     400: "invalid_request_error",
+    401: "invalid_request_error",  # as OpenAI has it
     403: "permission_error",
     404: "invalid_request_error",
     405: "invalid_request_error",
     408: "invalid_request_error",
     413: "invalid_request_error",
+    414: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
+    431: "invalid_request_error",
     500: "server_error",
+    501: "invalid_request_error",
     502: "server_error",
     503: "server_error",
     504: "timeout_error",
+    505: "invalid_request_error",
 }
 
 
@@ -141,7 +161,14 @@ def problem_of(error: BaseException) -> Problem:
     match error:
         case RequestError():
             kind = _KINDS.get(error.status, "invalid_request_error")
-            return Problem(error.status, kind, error.code, error.message, error.param)
+            return Problem(
+                error.status,
+                kind,
+                error.code,
+                error.message,
+                error.param,
+                retry_after_s=error.retry_after_s,
+            )
         case NotServed():  # nothing is wrong with the name: no column is at fault
             near = {"suggestion": error.suggestion} if error.suggestion else {}
             message = error.problem + (f'; nearest: "{error.suggestion}"' if near else "")

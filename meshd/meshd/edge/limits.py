@@ -15,4 +15,16 @@ class EdgeLimits:
     deadline_max_s: float = 3600.0  # a longer one is cut to this
     deadline_grace_s: float = 2.0  # the mesh answers its own deadline; after this the edge does
     heartbeat_s: float = 10.0  # silence after which a stream says `: waiting`; lower = more traffic
-    hosts: tuple[str, ...] = ()  # names beyond loopback that a Host header may carry
+    require_key: bool = False  # of those who come over TCP from this machine, too
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """What one connection may cost."""
+
+    head_s: float = 10.0  # for a TLS handshake, and for the line and headers of a request
+    stalled_s: float = 30.0  # for a client to take what was sent to it
+    header_bytes_max: int = 16 * 1024  # line and headers together; above it 431
+    headers_max: int = 100  # above it 431
+    target_bytes_max: int = 8 * 1024  # path and query; above it 414
+    per_source_max: int = 100  # TCP connections from one address

@@ -15,6 +15,7 @@ from meshd.edge.http import read_body, send_json, to_json
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
+    from meshd.edge.counters import EdgeCounters
     from meshd.edge.limits import EdgeLimits
     from meshd.orchestrate.metrics import Family
     from meshd.orchestrate.service import MeshService
@@ -66,12 +67,14 @@ class Doctor:
 class Metrics:
     """`GET /metrics` in Prometheus's text exposition format. An ASGI application."""
 
-    def __init__(self, service: MeshService) -> None:
+    def __init__(self, service: MeshService, counters: EdgeCounters) -> None:
         self._service = service
+        self._counters = counters
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Answer one request."""
-        body = exposition(self._service.metrics()).encode()
+        families = (*self._service.metrics(), *self._counters.families())
+        body = exposition(families).encode()
         headers = [
             (b"content-type", METRICS_TYPE),
             (b"content-length", b"%d" % len(body)),

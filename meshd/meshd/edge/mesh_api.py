@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from meshd.edge.context import RequestContext
+    from meshd.edge.exposure import Exposure
     from meshd.edge.limits import EdgeLimits
     from meshd.orchestrate.service import MeshService
 
@@ -41,6 +42,21 @@ class View:
         """Answer `{KEY: [...]}`, or the mapping itself where the view is one."""
         value = self._read()
         body = value if isinstance(value, Mapping) else {self._key: value}
+        await send_json(send, 200, to_json(body), context_of(scope).headers)
+
+
+class Status:
+    """`GET /mesh/v1/status`, with what only the edge knows of this node. An ASGI application."""
+
+    def __init__(self, service: MeshService, exposure: Exposure | None) -> None:
+        self._service = service
+        self._exposure = exposure
+
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        body = dict(self._service.status())
+        if self._exposure is not None and self._exposure.pin:
+            body["http_pin"] = self._exposure.pin
         await send_json(send, 200, to_json(body), context_of(scope).headers)
 
 
@@ -62,12 +78,14 @@ class Resolve:
                 "'auto' gets its name from the question: `meshd ask -v auto QUESTION` shows it",
                 param="name",
             )
+        context = context_of(scope)
+        context.access.require(names[0])
         body = to_json(self._service.resolve(self._models.target_for(names[0])))
-        await send_json(send, 200, body, context_of(scope).headers)
+        await send_json(send, 200, body, context.headers)
 
 
 class Leave:
-    """`POST /mesh/v1/leave`: only for those whom the Unix socket's mode lets in. An ASGI application."""
+    """`POST /mesh/v1/leave`. An ASGI application."""
 
     def __init__(self, service: MeshService, limits: EdgeLimits) -> None:
         self._service = service
@@ -75,18 +93,11 @@ class Leave:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, once the leave was announced."""
-        context = context_of(scope)
         # It says nothing, but a client that is still sending it must not find the connection closed.
         limits = self._limits
         await read_body(scope, receive, limits.request_bytes_max, limits.body_deadline_s)
-        if not context.unix:
-            raise RequestError(
-                "Leaving is possible only through the Unix socket (`meshd leave`)",
-                code="unix_socket_only",
-                status=403,
-            )
         await self._service.leave()
-        await send_json(send, 200, to_json({"left": True}), context.headers)
+        await send_json(send, 200, to_json({"left": True}), context_of(scope).headers)
 
 
 class MeshAsk:
@@ -133,6 +144,7 @@ class MeshAsk:
         named = payload.get("target")
         if not isinstance(named, str) or not named:
             raise RequestError("`target` must be 'auto' or a name", param="target")
+        context.access.require(named)
         target = self._models.target_for(named)
         split = payload.get("split", True)
         if not isinstance(split, bool):
@@ -148,6 +160,8 @@ class MeshAsk:
             split=split,
             idempotency_id=context.idempotency_id,
             trace=context.trace,
+            principal=context.access.principal,
+            privacy_max=context.access.privacy_max,
         )
 
 

@@ -89,6 +89,7 @@ class Completions:
         context = context_of(scope)
         raw = await read_body(scope, receive, limits.request_bytes_max, limits.body_deadline_s)
         parsed = self._dialect.parse(from_json(raw))
+        context.access.require(parsed.model)
         target = self._models.target_for(parsed.model)
         deadline_s = parsed.deadline_s or limits.deadline_default_s
         ask = Ask(
@@ -101,6 +102,8 @@ class Completions:
             split=parsed.split,
             idempotency_id=context.idempotency_id,
             trace=context.trace,
+            principal=context.access.principal,
+            privacy_max=context.access.privacy_max,
         )
         answer = _Answer(ask, parsed, self._dialect, scope, limits)
         if parsed.stream:
@@ -223,9 +226,12 @@ class ModelList:
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Answer one request."""
+        context = context_of(scope)
         listed = self._models.listed()
+        if (key := context.access.key) is not None and key.models:
+            listed = {name: row for name, row in listed.items() if key.permits(name)}
         wanted = scope["path_params"].get("id")
-        headers = context_of(scope).headers
+        headers = context.headers
         if wanted is None:
             data = [self._entry(name, fields) for name, fields in listed.items()]
             await send_json(send, 200, to_json({"object": "list", "data": data}), headers)

@@ -34,7 +34,7 @@ class Parsed:
     stream: bool
     include_usage: bool
     deadline_s: float | None
-    privacy: Privacy
+    privacy: Privacy | None  # None: the node's default
     split: bool
 
 
@@ -111,11 +111,11 @@ def deadline(payload: Mapping[str, Value], within: str = "") -> float | None:
     return _number(payload, "deadline_s", 0.001, _DEADLINE_MAX_S, within)
 
 
-def privacy(payload: Mapping[str, Value], within: str = "") -> Privacy:
-    """`privacy` of a request, MESH when it names none."""
+def privacy(payload: Mapping[str, Value], within: str = "") -> Privacy | None:
+    """`privacy` of a request, None when it names none: the node's default then."""
     value = payload.get("privacy")
     if value is None:
-        return Privacy.MESH
+        return None
     known = {level.name.lower(): level for level in Privacy}
     if not isinstance(value, str) or value not in known:
         raise RequestError(f"`privacy` must be one of {', '.join(known)}", param=f"{within}privacy")

@@ -3,11 +3,16 @@
 Hypercorn's own `worker_serve` is not used (decision 0012): in it an error in one connection ends the
 server, a client that stops reading holds its connection, and a stopping daemon, for ever, and the
 application cannot learn which socket a request came in by.
+
+On a port that others can reach, the first byte of a connection tells TLS from plain HTTP. Plain HTTP is for this
+machine only: whoever else speaks it is told so.
 """
 
 from __future__ import annotations
 
-import math
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -15,17 +20,19 @@ import structlog
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config as HypercornConfig
-from hypercorn.events import Closed, Event, RawData, Updated
-from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ConnectionState
 
+from meshd.edge.connection import Connection, Stream
 from meshd.edge.context import UNIX_KEY, description_of
-from meshd.edge.errors import EdgeError
+from meshd.edge.counters import EdgeCounters
+from meshd.edge.errors import EdgeError, RequestError, problem_of
+from meshd.edge.http import to_json
+from meshd.edge.limits import ConnectionLimits
 from meshd.edge.sockets import EdgeSockets, open_edge_sockets
+from meshd.edge.sources import is_loopback, source_of
 
 if TYPE_CHECKING:
-    import socket
+    import ssl
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -33,9 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EdgeError", "EdgeSockets", "open_edge_sockets", "serve_edge"]
 
-_STALLED_S: Final = 30.0
-_HEADER_BYTES_MAX: Final = 16 * 1024
 _REQUESTS_A_CONNECTION_MAX: Final = 1_000_000
+_TLS_RECORD: Final = b"\x16"  # a handshake, with which every TLS connection begins
+_FAREWELL_S: Final = 0.25  # for a client that is turned away
 
 log = cast("Logger", structlog.get_logger("meshd.edge"))
 
@@ -45,24 +52,30 @@ async def serve_edge(
     sockets: EdgeSockets,
     *,
     graceful_s: float,
-    stalled_s: float = _STALLED_S,
+    limits: ConnectionLimits | None = None,
+    tls: ssl.SSLContext | None = None,
+    counters: EdgeCounters | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled; then stop accepting, and give open requests `graceful_s` to finish.
 
-    The sockets are closed on return. A client that takes no byte for `stalled_s` loses its connection.
+    The sockets are closed on return. With `tls`, only this machine may speak plain HTTP on the TCP port.
     """
-    connections = _Connections(sockets, graceful_s=graceful_s, stalled_s=stalled_s)
+    connections = _Connections(
+        sockets,
+        graceful_s=graceful_s,
+        limits=limits or ConnectionLimits(),
+        tls=tls,
+        counters=counters or EdgeCounters(),
+    )
     try:
         async with trio.open_nursery() as nursery:
             holding = cast("trio.Nursery", await nursery.start(connections.hold))
             try:
                 async with trio.open_nursery() as accepting:
-                    for application, listening in (
-                        (app, sockets.tcp),
-                        (_marked_unix(app), sockets.unix),
-                    ):
-                        accepting.start_soon(connections.accept, application, listening, holding)
+                    accepting.start_soon(connections.accept_tcp, app, sockets.tcp, holding)
+                    unix = _marked_unix(app)
+                    accepting.start_soon(connections.accept_unix, unix, sockets.unix, holding)
                     task_status.started()
             finally:
                 connections.stopped.set()
@@ -73,14 +86,25 @@ async def serve_edge(
 class _Connections:
     """All open connections of one server."""
 
-    def __init__(self, sockets: EdgeSockets, *, graceful_s: float, stalled_s: float) -> None:
+    def __init__(
+        self,
+        sockets: EdgeSockets,
+        *,
+        graceful_s: float,
+        limits: ConnectionLimits,
+        tls: ssl.SSLContext | None,
+        counters: EdgeCounters,
+    ) -> None:
         self.stopped = trio.Event()
         self._emptied = trio.Event()
         self._live: set[trio.SocketStream] = set()
-        self._room = trio.Semaphore(sockets.connections_max)
+        self._of_source: dict[str, int] = {}
+        self._connections_max = sockets.connections_max
         self._graceful_s = graceful_s
-        self._stalled_s = stalled_s
-        self._config = _hypercorn_config(sockets.keep_alive_s)
+        self._limits = limits
+        self._tls = tls
+        self._counters = counters
+        self._config = _hypercorn_config(sockets.keep_alive_s, limits)
         self._context = WorkerContext(None)
 
     async def hold(self, *, task_status: trio.TaskStatus[trio.Nursery]) -> None:
@@ -97,25 +121,110 @@ class _Connections:
                     await trio.aclose_forcefully(stream)
                 nursery.cancel_scope.cancel()
 
-    async def accept(self, app: ASGIApp, listening: socket.socket, nursery: trio.Nursery) -> None:
+    async def accept_tcp(
+        self, app: ASGIApp, listening: socket.socket, nursery: trio.Nursery
+    ) -> None:
         """Accept until cancelled; above the bound further connections wait in the backlog."""
-        sockets = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
-        listener = _RoomyListener(sockets, self._room)
-        wrapper = ASGIWrapper(cast("Any", app))
-        handler = partial(self._handle, wrapper)
-        await trio.serve_listeners(handler, [listener], handler_nursery=nursery)
+        await self._accept(
+            partial(self._serve_tcp, ASGIWrapper(cast("Any", app))), listening, nursery
+        )
 
-    async def _handle(self, wrapper: ASGIWrapper, stream: trio.SocketStream) -> None:
+    async def accept_unix(
+        self, app: ASGIApp, listening: socket.socket, nursery: trio.Nursery
+    ) -> None:
+        """The same, with a bound of its own: whatever happens on TCP, an operator gets through."""
+        await self._accept(partial(self._serve, ASGIWrapper(cast("Any", app))), listening, nursery)
+
+    async def _accept(
+        self,
+        serve: Callable[[trio.SocketStream], Awaitable[None]],
+        listening: socket.socket,
+        nursery: trio.Nursery,
+    ) -> None:
+        room = trio.Semaphore(self._connections_max)
+        sockets = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+        handler = partial(self._handle, serve, room)
+        await trio.serve_listeners(
+            handler, [_RoomyListener(sockets, room)], handler_nursery=nursery
+        )
+
+    async def _handle(
+        self,
+        serve: Callable[[trio.SocketStream], Awaitable[None]],
+        room: trio.Semaphore,
+        stream: trio.SocketStream,
+    ) -> None:
         self._live.add(stream)
+        self._counters.accepted += 1
+        self._counters.open += 1
         try:
-            await _Connection(wrapper, self._config, self._context, stream, self._stalled_s).run()
+            await serve(stream)
+        except* OSError:
+            pass  # the client went
         except* Exception as group:  # noqa: BLE001 - the per-connection boundary
             log.error("connection.failed", **description_of(group))
         finally:
+            self._counters.open -= 1
             self._live.discard(stream)
-            self._room.release()
+            room.release()
             if not self._live and self.stopped.is_set():
                 self._emptied.set()
+
+    async def _serve_tcp(self, wrapper: ASGIWrapper, stream: trio.SocketStream) -> None:
+        address = str(stream.socket.getpeername()[0])
+        source = source_of(address)
+        held = self._of_source.get(source, 0)
+        if held >= self._limits.per_source_max:
+            await self._turn_away(stream, _too_many(self._limits.per_source_max))
+            return
+        self._of_source[source] = held + 1
+        try:
+            secured = await self._secured(stream, address)
+            if secured is not None:
+                await self._serve(wrapper, secured)
+        finally:
+            self._of_source[source] -= 1
+            if not self._of_source[source]:
+                del self._of_source[source]
+
+    async def _serve(self, wrapper: ASGIWrapper, stream: Stream) -> None:
+        await Connection(
+            wrapper, self._config, self._context, stream, self._limits, self._counters
+        ).run()
+
+    async def _secured(self, stream: trio.SocketStream, address: str) -> Stream | None:
+        """The stream to speak HTTP on; None when nothing is to be spoken with this client."""
+        if self._tls is None:
+            return stream
+        with trio.move_on_after(self._limits.head_s):
+            first = await stream.socket.recv(1, socket.MSG_PEEK)
+            if first != _TLS_RECORD:
+                if first and not is_loopback(address):
+                    await self._turn_away(stream, _https_required())
+                    return None
+                return stream
+            encrypted = trio.SSLStream(stream, self._tls, server_side=True, https_compatible=True)
+            with suppress(trio.BrokenResourceError):
+                await encrypted.do_handshake()
+                return encrypted
+        self._counters.refuse("tls_failed")
+        return None
+
+    async def _turn_away(self, stream: trio.SocketStream, error: RequestError) -> None:
+        """Tell a client that is not served why, if it listens."""
+        self._counters.refuse(error.code)
+        problem = problem_of(error)
+        body = to_json(problem.body())
+        head = (
+            f"HTTP/1.1 {problem.status} Refused\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        with trio.move_on_after(_FAREWELL_S), suppress(trio.BrokenResourceError):
+            # To close over what was not read would take the answer away.
+            await stream.receive_some()
+            await stream.send_all(head.encode() + body)
+            await stream.send_eof()
+            await stream.receive_some()
 
 
 class _RoomyListener(trio.abc.Listener[trio.SocketStream]):
@@ -139,84 +248,30 @@ class _RoomyListener(trio.abc.Listener[trio.SocketStream]):
         await self._listener.aclose()
 
 
-class _Connection(TCPServer):
-    """A Hypercorn connection with four differences.
-
-    - A write has a deadline. Hypercorn shields writes from cancellation, rightly (half a chunk on the wire
-      would spoil all that follows), and without end; here the deadline closes the connection.
-    - The head of a response goes out with the first part of its body: one system call, one packet.
-    - Idle time is watched by one task a connection, where Hypercorn starts one a request.
-    - That task ends with the connection. Hypercorn's holds a closed connection until its idle time is up.
-    """
-
-    def __init__(
-        self,
-        wrapper: ASGIWrapper,
-        config: HypercornConfig,
-        context: WorkerContext,
-        stream: trio.SocketStream,
-        stalled_s: float,
-    ) -> None:
-        super().__init__(wrapper, config, context, ConnectionState({}), cast("Any", stream))
-        self._stalled_s = stalled_s
-        self._head = b""
-        self._idle_until_s = trio.current_time() + config.keep_alive_timeout
-
-    async def protocol_send(self, event: Event) -> None:
-        """Carry out what the protocol wants sent or closed."""
-        match event:
-            case RawData(data=data) if not self._head and _is_head(data):
-                self._head = data  # something always follows: a part of the body, or its end
-            case RawData(data=data):
-                data, self._head = self._head + data, b""
-                if data:
-                    await self._write(data)
-            case Updated(idle=idle):
-                now_s = trio.current_time()
-                self._idle_until_s = now_s + self.config.keep_alive_timeout if idle else math.inf
-            case _:
-                await super().protocol_send(event)
-
-    async def _write(self, data: bytes) -> None:
-        async with self.send_lock:
-            with trio.CancelScope(shield=True) as scope:
-                scope.deadline = trio.current_time() + self._stalled_s
-                try:
-                    await self.stream.send_all(data)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    await self.protocol.handle(Closed())
-            if scope.cancelled_caught:
-                await trio.aclose_forcefully(self.stream)
-                await self.protocol.handle(Closed())
-
-    async def _read_data(self) -> None:
-        await super()._read_data()
-        await self.idle_task.stop()
-
-    async def _idle_timeout(self) -> None:
-        while not self.context.terminated.is_set():
-            # While a request runs there is no deadline; look again after the shortest that may follow.
-            latest_s = trio.current_time() + self.config.keep_alive_timeout
-            with trio.move_on_at(min(self._idle_until_s, latest_s)):
-                await self.context.terminated.wait()
-            if self._idle_until_s <= trio.current_time():
-                break
-        if self._idle_until_s < math.inf:  # a connection in use ends after its response
-            with trio.CancelScope(shield=True):
-                await self._initiate_server_close()
+def _too_many(per_source_max: int) -> RequestError:
+    return RequestError(
+        f"Your address has {per_source_max} connections open, as many as it may "
+        "(http.connections_per_source_max)",
+        code="too_many_connections",
+        status=429,
+        retry_after_s=1,
+    )
 
 
-def _is_head(data: bytes) -> bool:
-    """Whether it is the head of a response, and not of an interim one (100 Continue)."""
-    return data.startswith(b"HTTP/1.1 ") and data[9:10] != b"1" and data.endswith(b"\r\n\r\n")
+def _https_required() -> RequestError:
+    return RequestError(
+        "This port speaks HTTPS: use https:// in the URL. If you sent an API key, it crossed the network in "
+        "the clear: revoke it",
+        code="https_required",
+    )
 
 
-def _hypercorn_config(keep_alive_s: float) -> HypercornConfig:
+def _hypercorn_config(keep_alive_s: float, limits: ConnectionLimits) -> HypercornConfig:
     config = HypercornConfig()
     config.accesslog = None
     config.errorlog = None  # what an application raises is caught and logged in its own front
     config.include_server_header = False
-    config.h11_max_incomplete_size = _HEADER_BYTES_MAX
+    config.h11_max_incomplete_size = limits.header_bytes_max
     config.keep_alive_timeout = keep_alive_s
     config.keep_alive_max_requests = _REQUESTS_A_CONNECTION_MAX
     return config

@@ -60,6 +60,8 @@ def open_edge_sockets(http: HttpSection) -> EdgeSockets:
     """
     tcp = open_tcp_socket(http.host, http.port)
     try:
+        # Connections inherit it. Without it the system grows the buffer of a client that does not read to MiBs.
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, http.send_buffer_bytes)
         unix = open_unix_socket(http.socket, http.socket_group)
     except BaseException:
         tcp.close()
