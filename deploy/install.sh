@@ -163,10 +163,9 @@ if [[ $dry_run == yes ]] || ! systemctl --quiet is-active meshd.service; then
     cat <<'NEXT'
 
 Installed. The daemon needs a mesh before it starts. The first node makes one:
-    sudo -u meshd meshd init NAME --enrolment /var/lib/meshd/enrolment
-Every other node is given that file (it holds keys: keep it safe) and joins:
-    sudo -u meshd meshd init --enrol FILE
-Then:
+    sudo -u meshd meshd init NAME
     sudo systemctl start meshd && meshd status
+Every other one joins it, with the token that `meshd invite` prints there:
+    sudo meshd join TOKEN
 NEXT
 fi

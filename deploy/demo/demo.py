@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ READY_DEADLINE_S = 40.0
 ASK_DEADLINE_S = 30
 NOTICE_DEADLINE_S = 15.0
 STOP_DEADLINE_S = 8.0
+JOIN_DEADLINE_S = 30.0
 BOLD, DIM, GREEN, RED, PLAIN = (
     ("\033[1m", "\033[2m", "\033[32m", "\033[31m", "\033[0m") if sys.stdout.isatty() else [""] * 5
 )
@@ -217,22 +219,50 @@ def is_ours(pid: int) -> bool:
         return False
 
 
-def found_mesh(everyone: list[Node]) -> None:
-    """`meshd init`: a mesh and its first node; the others join with the enrolment file."""
-    enrolment = FOLDER / "demo.enrolment"
-    for node in everyone:
-        node.folder.mkdir(parents=True)
-        state = node.folder / "state"
-        arguments = (
-            ["init", "demo", "--state-dir", str(state), "--enrolment", str(enrolment)]
-            if node is everyone[0]
-            else ["init", "--enrol", str(enrolment), "--state-dir", str(state)]
+def meshd(*arguments: str, told: str = "") -> str:
+    """Run `meshd` with `told` as its input; what it printed."""
+    done = subprocess.run(
+        [str(MESHD), *arguments],
+        input=told,
+        capture_output=True,
+        text=True,
+        timeout=JOIN_DEADLINE_S,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise DemoFailed(f"meshd {' '.join(arguments)}: {done.stderr}")
+    return done.stdout
+
+
+def found_mesh(founder: Node) -> None:
+    """`meshd init` makes the mesh, and its first daemon starts."""
+    meshd("--config", str(founder.folder / "meshd.toml"), "init", "demo")
+    start(founder)
+    wait_for(
+        "the first daemon",
+        READY_DEADLINE_S,
+        lambda: read_cli(founder, "status") is not None,
+        [founder],
+    )
+
+
+def let_in(founder: Node, others: list[Node]) -> None:
+    """`meshd invite` on the first node, and `meshd join` with its token on each of the others."""
+    asked = ["invite", "--uses", str(len(others))]
+    say(f"{DIM}$ meshd {shlex.join(asked)}    on {founder.name}{PLAIN}")
+    token = meshd("--socket", str(founder.socket), *asked)
+    say(f"{DIM}$ meshd join {token[:16]}...    on each of the others{PLAIN}")
+    with ThreadPoolExecutor(len(others)) as pool:
+        list(
+            pool.map(
+                lambda node: meshd(
+                    "--config", str(node.folder / "meshd.toml"), "join", "-", told=token
+                ),
+                others,
+            )
         )
-        made = subprocess.run(
-            [str(MESHD), *arguments], capture_output=True, text=True, timeout=30, check=False
-        )
-        if made.returncode != 0:
-            raise DemoFailed(f"meshd {' '.join(arguments)}: {made.stderr}")
+    for node in others:
+        start(node)
 
 
 def start(node: Node) -> None:
@@ -255,14 +285,14 @@ def mesh(everyone: list[Node], *, mdns: bool, keep: bool) -> Iterator[list[Node]
     FOLDER.mkdir()
     kept = False
     try:
-        found_mesh(everyone)
         ports = free_ports(2 * len(everyone))
         for index, node in enumerate(everyone):
+            node.folder.mkdir(parents=True)
             if not mdns and index > 0:
                 node.seeds = [f"{HOST}:{ports[0]}"]
             node.write_config(ports[2 * index], ports[2 * index + 1], mdns)
-        for node in everyone:
-            start(node)
+        found_mesh(everyone[0])
+        let_in(everyone[0], everyone[1:])
         (FOLDER / "pids").write_text("\n".join(str(n.process.pid) for n in everyone if n.process))
         yield everyone
         kept = keep

@@ -18,6 +18,7 @@ from meshd.health import (
     MulticastFact,
     PeerAnswer,
     PeerFact,
+    TrustFacts,
 )
 
 NOW_UNIX_S = 1_790_000_000.0
@@ -77,6 +78,14 @@ def daemon(**changes: Any) -> DaemonFacts:
 def load(**changes: Any) -> LoadFacts:
     """A process that keeps up."""
     return replace(LoadFacts(300.0, sent=1000), **changes)
+
+
+def trust(**changes: Any) -> TrustFacts:
+    """A node in good standing whose certificate is not due yet."""
+    well = TrustFacts(
+        left_s=2 * 86_400.0, renewal_overdue_s=-3600.0, key_generation=3, issuers=("hub",)
+    )
+    return replace(well, **changes)
 
 
 def machine(**changes: Any) -> MachineFacts:

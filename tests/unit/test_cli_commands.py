@@ -66,8 +66,18 @@ def test_a_refused_user_is_told_the_command_that_mends_it(tmp_path: Path) -> Non
         ["ask", "auto", "Hi", "--max-tokens", "0"],
         ["ask", "auto", "Hi", "--privacy", "moon"],
         ["init"],
-        ["init", "home", "--enrol", "f"],
-        ["init", "--enrol", "no-such-file"],
+        ["init", "home", "another"],
+        ["join"],
+        ["join", "token", "--pin", "481-516"],
+        ["join", "token", "--at", "127.0.0.1:1"],
+        ["join", "--pin", "481-51"],
+        ["join", "meshd1-abc", "--name", "x" * 64],
+        ["join", "--pin", "481-516", "--at", "nowhere"],
+        ["join", "--token-file", "no-such-file"],
+        ["invite", "--ttl", "soon"],
+        ["invite", "--uses", "0"],
+        ["invite", "--pin", "--uses", "2"],
+        ["invite", "--role", "king"],
         ["ask", "auto", "Hi", "--json", "--output", "f"],
         ["run", "--set", "nonsense"],
         ["run", "--set", "node.nmae=x"],
@@ -147,18 +157,29 @@ def test_every_command_and_option_has_help() -> None:
                 assert param.help, f"{command.name} {param.name}"
 
 
-def test_init_founds_enrols_and_never_overwrites(tmp_path: Path) -> None:
+def test_init_founds_and_never_overwrites(tmp_path: Path) -> None:
     run = CliRunner()
-    first, second, file = str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "home.enrol")
-    founded = run.invoke(cli, ["init", "home", "--state-dir", first, "--enrolment", file])
+    founded = run.invoke(cli, ["init", "home", "--state-dir", str(tmp_path)])
     assert founded.exit_code == 0, founded.output
-    assert "meshd init --enrol home.enrol" in founded.stdout
-    joined = run.invoke(cli, ["init", "--enrol", file, "--state-dir", second])
-    assert joined.exit_code == 0, joined.output
-    assert joined.stdout.startswith("mesh home, node ")
-    again = run.invoke(cli, ["init", "other", "--state-dir", first])
+    assert founded.stdout.startswith("mesh home, node ")
+    again = run.invoke(cli, ["init", "other", "--state-dir", str(tmp_path)])
     assert again.exit_code == Exit.FAILED
     assert len(again.stderr.splitlines()) == 1
+
+
+def test_a_token_that_is_none_reaches_nobody(tmp_path: Path) -> None:
+    folder = ["--state-dir", str(tmp_path / "state")]
+    for token, said in (
+        ("hello", "no token"),
+        ("meshd1-abc", "cut short"),
+        ("meshd9-abc", "release"),
+    ):
+        tried = CliRunner().invoke(cli, ["join", token, *folder])
+        assert (tried.exit_code, said in tried.stderr) == (Exit.USAGE, True), tried.output
+        assert len(tried.stderr.splitlines()) == 1
+    tried = CliRunner().invoke(cli, ["join", "-", *folder], input="")
+    assert "there is no token" in tried.stderr
+    assert not (tmp_path / "state").exists()
 
 
 def test_the_reference_is_current() -> None:

@@ -21,6 +21,7 @@ from tests.unit.support_health import (
     load,
     machine,
     peer,
+    trust,
 )
 
 from meshd.core.membership import MemberState
@@ -43,6 +44,7 @@ from meshd.health import (
     StrangerFact,
     Trouble,
     TroubleKind,
+    WorkerFact,
     examine,
 )
 
@@ -76,7 +78,7 @@ TRIGGERS: list[tuple[Code, Facts, str]] = [
     (Code.DAEMON_DOWN, facts(daemon=None), "/run/meshd/meshd.sock"),
     (Code.SOCKET_DENIED, down(TroubleKind.SOCKET_DENIED, "not for you"), "not for you"),
     (Code.CONFIG_WRONG, down(TroubleKind.CONFIG, "line 3"), "line 3"),
-    (Code.NOT_ENROLLED, down(TroubleKind.IDENTITY, "no keys"), "no keys"),
+    (Code.NO_IDENTITY, down(TroubleKind.IDENTITY, "no keys"), "no keys"),
     (Code.PORT_TAKEN, down(TroubleKind.PORT, "port 7946"), "7946"),
     (Code.DISK_REFUSES, down(TroubleKind.DISK, "full"), "full"),
     (Code.DISK_REFUSES, with_daemon(disk=DiskFacts("/state", "No space left")), "No space left"),
@@ -84,6 +86,11 @@ TRIGGERS: list[tuple[Code, Facts, str]] = [
     (Code.OVERLOADED, with_daemon(load=load(stalls=9)), "9 times"),
     (Code.OVERLOADED, with_daemon(load=load(lost=4)), "4 pieces"),
     (Code.HEALTH_LOW, with_daemon(load=load(local_health=5)), "5 of 8"),
+    (
+        Code.WORKER_EXPOSED,
+        with_daemon(workers=(WorkerFact("m", ("no_network: refused",)), WorkerFact("n"))),
+        "m be locked in wholly: no_network: refused",
+    ),
     (Code.SEND_FAILS, with_daemon(load=load(sent=10, send_errors=90)), "90 of 100"),
     (Code.CLOCK_UNSET, facts(clock=ClockFacts(3600.0)), "never set"),
     (
@@ -101,6 +108,29 @@ TRIGGERS: list[tuple[Code, Facts, str]] = [
         with_daemon(peers=(peer(1, answer=answer(clock_ahead_s=500.0)), peer(2), peer(3))),
         "pi1 (8 min ahead)",
     ),
+    (
+        Code.CLOCK_OFF,
+        with_daemon(peers=(peer(1, answer=None),), trust=trust(clock_ahead_s=-90.0)),
+        "90 s behind the mesh's",
+    ),
+    (
+        Code.CERTIFICATE_BAD,
+        with_daemon(
+            trust=trust(left_s=-60.0, standing_code="certificate_expired", standing="it ended")
+        ),
+        "nothing but a renewal: it ended",
+    ),
+    (
+        Code.CERTIFICATE_ENDING,
+        with_daemon(trust=trust(renewal_overdue_s=60.0, last_error="no route")),
+        "could not be renewed. The last try: no route.",
+    ),
+    (
+        Code.CERTIFICATE_ENDING,
+        with_daemon(trust=trust(renewal_overdue_s=60.0, issuers=())),
+        "ends in 2 days",
+    ),
+    (Code.KEY_BEHIND, with_daemon(trust=trust(wanted_generation=4)), "generation 4 is in force"),
     (
         Code.EPOCH_AHEAD,
         facts(clock=ClockFacts(NOW_UNIX_S, int(NOW_UNIX_S * 1e3) + 7_200_000)),
@@ -206,12 +236,13 @@ NEAR: list[tuple[Code, Facts]] = [
     (Code.DAEMON_DOWN, down(TroubleKind.SOCKET_DENIED)),
     (Code.SOCKET_DENIED, facts(daemon=None)),
     (Code.CONFIG_WRONG, down(TroubleKind.PORT)),
-    (Code.NOT_ENROLLED, down(TroubleKind.PORT)),
+    (Code.NO_IDENTITY, down(TroubleKind.PORT)),
     (Code.PORT_TAKEN, down(TroubleKind.IDENTITY)),
     (Code.DISK_REFUSES, with_daemon(disk=DiskFacts("/state", set_aside=2))),
     (Code.STATE_SET_ASIDE, with_daemon(disk=DiskFacts("/state", "No space left"))),
     (Code.OVERLOADED, with_daemon(load=load(stalls=2))),
     (Code.HEALTH_LOW, with_daemon(load=load(local_health=2))),
+    (Code.WORKER_EXPOSED, with_daemon(workers=(WorkerFact("m"),))),
     (Code.SEND_FAILS, with_daemon(load=load(sent=996, send_errors=4))),
     (Code.SEND_FAILS, with_daemon(load=load(sent=990, send_errors=10))),
     (Code.CLOCK_UNSET, facts()),
@@ -222,6 +253,12 @@ NEAR: list[tuple[Code, Facts]] = [
         with_daemon(peers=(peer(1, answer=answer(clock_ahead_s=12.0, clock_error_s=3.0)),)),
     ),
     (Code.PEER_CLOCK_OFF, with_daemon(peers=(peer(1, answer=answer(clock_ahead_s=500.0)),))),
+    (Code.CLOCK_OFF, with_daemon(peers=(peer(1, answer=None),), trust=trust(clock_ahead_s=59.0))),
+    (Code.CLOCK_OFF, with_daemon(trust=trust(clock_ahead_s=90.0))),  # peers tell it finer
+    (Code.CERTIFICATE_BAD, with_daemon(trust=trust())),
+    (Code.CERTIFICATE_ENDING, with_daemon(trust=trust(renewal_overdue_s=60.0))),
+    (Code.CERTIFICATE_ENDING, with_daemon(trust=trust(renewal_overdue_s=-1.0, last_error="x"))),
+    (Code.KEY_BEHIND, with_daemon(trust=trust())),
     (Code.EPOCH_AHEAD, facts(clock=ClockFacts(NOW_UNIX_S, int(NOW_UNIX_S * 1e3) + 50_000))),
     (
         Code.NO_NETWORK,
@@ -316,7 +353,9 @@ def test_every_code_has_a_case_each_way() -> None:
 
 
 def test_docs_explain_every_code_and_no_other() -> None:
-    rows = re.findall(r"^\| `([a-z_]+)` \| (\w+) \|", OPERATE.read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([a-z_]+)` \| (error|warning|note) \|", OPERATE.read_text(), re.MULTILINE
+    )
     assert sorted(code for code, _ in rows) == sorted(code.value for code in Code)
     told = {
         (finding.code.value, finding.severity.word)

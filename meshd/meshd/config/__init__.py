@@ -4,8 +4,10 @@ One frozen dataclass a section says everything about each setting; loader, displ
 file are made from those.
 """
 
+from meshd.config.access import AccessRule, access_rules
 from meshd.config.errors import BadValue, ConfigError, ConfigSyntax, ConfigUnreadable, UnknownKey
 from meshd.config.gossip import gossip_config
+from meshd.config.guard_sections import AccessSection, AuditSection
 from meshd.config.load import load, socket_candidates
 from meshd.config.machine import Machine
 from meshd.config.sections import (
@@ -26,6 +28,9 @@ from meshd.config.sections import (
 from meshd.config.show import describe
 
 __all__ = [
+    "AccessRule",
+    "AccessSection",
+    "AuditSection",
     "BadValue",
     "Config",
     "ConfigError",
@@ -45,6 +50,7 @@ __all__ = [
     "Preset",
     "StorageSection",
     "UnknownKey",
+    "access_rules",
     "describe",
     "gossip_config",
     "load",

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import cast
 
-from meshd.config.fields import About, about_of, default_of, kind_of
+from meshd.config.fields import About, Tables, about_of, default_of, kind_of
 from meshd.config.sections import SECTIONS
 from meshd.config.values import kind_in_words
 
@@ -45,7 +45,7 @@ def _lines() -> Iterator[str]:
         for field in dataclasses.fields(section):
             about = about_of(field.metadata)
             default = default_of(field)
-            if isinstance(default, Mapping):
+            if isinstance(default, Mapping | Tables):
                 tables += ["", *_comment(about.doc)]
                 continue
             yield ""
@@ -56,6 +56,8 @@ def _lines() -> Iterator[str]:
             yield from _PLUGIN_EXAMPLE
         elif name == "gossip":
             yield "#[gossip.overrides]"
+        elif name == "access":
+            yield from _RULE_EXAMPLE
 
 
 _PLUGIN_EXAMPLE = (
@@ -68,10 +70,23 @@ _PLUGIN_EXAMPLE = (
     "#     slots = 1",
     "#     threads = 0",
     "#     gpu_layers = -1",
+    '#     sha256 = "64 hexadecimal digits, as sha256sum prints: another file is refused"',
     "#",
     "# An object that others may fetch by name:",
     "#     [plugins.document]",
     '#     files = { "data.gpt/shelf/handbook" = "/var/lib/meshd/handbook.md" }',
+)
+
+
+_RULE_EXAMPLE = (
+    "#",
+    "# The diary is for one other node and for whoever holds one API key of this node:",
+    "#     [[access.rules]]",
+    '#     name = "data.gpt/diary/**"',
+    '#     callers = ["local", "laptop", "key:phone"]',
+    '#     privacy = ["local", "lan"]',
+    '#     effect = "allow"',
+    '#     comment = "family only"',
 )
 
 

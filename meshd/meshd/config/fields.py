@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from meshd_plugins.api import Value
+
 _KEY = "meshd.config"
+
+
+class Tables(tuple[Mapping[str, Value], ...]):
+    """The tables of a setting such as [[access.rules]], in their order, as written."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,13 @@ import difflib
 import ipaddress
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from meshd.config import gossip
+from meshd.config.access import BadRule, access_rules, rule_line
 from meshd.config.errors import BadValue, ConfigError, ConfigSyntax, ConfigUnreadable, UnknownKey
 from meshd.config.fields import about_of, kind_of
 from meshd.config.machine import Machine
@@ -27,6 +29,8 @@ from meshd.config.values import Unsuitable, convert, passed_through, read_toml_v
 from meshd_plugins.api import Value
 
 FILE_BYTES_MAX = 1_048_576
+OWN_CERTIFICATE = "made by the daemon"
+"""The origin of `http.certificate` and `http.key` where nobody gave them."""
 SOCKET_PATH_BYTES_MAX = 107  # sun_path of Linux, less its closing NUL
 
 _SHOWN_CHARS_MAX = 60
@@ -248,6 +252,10 @@ def _with_derived(config: Config, machine: Machine) -> Config:
     if "http.socket" not in origins:
         socket, origins["http.socket"] = machine.default_socket(node.state_dir, state_dir_given)
         http = replace(http, socket=socket)
+    if "http.certificate" not in origins and "http.key" not in origins:
+        origins["http.certificate"] = origins["http.key"] = OWN_CERTIFICATE
+        folder = node.state_dir / "edge"
+        http = replace(http, certificate=folder / "certificate.pem", key=folder / "key.pem")
     if "discovery.announce_models" not in origins:
         at_home = config.gossip.preset in (Preset.LAN, Preset.LOCAL)
         discovery = replace(discovery, announce_models=at_home)
@@ -265,9 +273,9 @@ def _check_relations(config: Config) -> None:
             raise _relation(
                 config, key, f'"{address}": expected an IP address, such as 0.0.0.0 or 192.168.1.10'
             )
-    if config.http.host != "localhost" and not _is_address(config.http.host):
-        raise _relation(config, "http.host", f'"{config.http.host}": expected a loopback address')
+    _check_http(config)
     _check_gossip(config)
+    _check_access(config)
     for seed in config.discovery.seeds:
         if int(seed.rpartition(":")[2]) not in range(1, 65_536):
             raise _relation(config, "discovery.seeds", f'"{seed}": expected a port from 1 to 65535')
@@ -284,11 +292,26 @@ def _check_relations(config: Config) -> None:
             "limits.deadline_s",
             f"{config.limits.deadline_s:g} is above limits.deadline_max_s ({config.limits.deadline_max_s:g})",
         )
-    if len(bytes(config.http.socket)) > SOCKET_PATH_BYTES_MAX:
+
+
+def _check_http(config: Config) -> None:
+    http = config.http
+    if http.host != "localhost" and not _is_address(http.host):
+        raise _relation(
+            config,
+            "http.host",
+            f'"{http.host}": expected an IP address, such as 127.0.0.1 or 0.0.0.0',
+        )
+    for key, other in (("certificate", "key"), ("key", "certificate")):
+        if f"http.{key}" in config.origins and f"http.{other}" not in config.origins:
+            raise _relation(
+                config, f"http.{key}", f"goes together with http.{other}: give both, or neither"
+            )
+    if len(bytes(http.socket)) > SOCKET_PATH_BYTES_MAX:
         raise _relation(
             config,
             "http.socket",
-            f"{config.http.socket} is longer than {SOCKET_PATH_BYTES_MAX} bytes, the longest the system takes:"
+            f"{http.socket} is longer than {SOCKET_PATH_BYTES_MAX} bytes, the longest the system takes:"
             " set a shorter http.socket",
         )
 
@@ -311,6 +334,20 @@ def _check_gossip(config: Config) -> None:
         name = str(error).partition(" ")[0]
         key = f"gossip.overrides.{name}"
         raise BadValue(f"gossip.overrides.{error}", origin=config.origins[key], key=key) from error
+
+
+def _check_access(config: Config) -> None:
+    """The rules, each by its line: a file of many has many of the same keys."""
+    try:
+        access_rules(config.access.rules)
+    except BadRule as error:
+        origin = config.origins.get("access.rules", "default")
+        with suppress(OSError):  # it is a file, unless the rules came by a variable
+            text = Path(origin).read_text("utf-8", "replace")
+            line = rule_line(text, error.number, error.key)
+            origin = origin if line is None else f"{origin}, line {line}"
+        key = f"access.rules.{error.number}.{error.key}".rstrip(".")
+        raise BadValue(f"rule {error.number}: {error}", origin=origin, key=key) from error
 
 
 def _is_address(text: str) -> bool:

@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from meshd.config.fields import about
+from meshd.config.guard_sections import AccessSection, AuditSection, TrustSection
 from meshd_plugins.api import Value
 
 _LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -173,15 +174,15 @@ class GossipSection:
 
 @dataclass(frozen=True, slots=True)
 class HttpSection:
-    """The OpenAI-compatible API and the mesh API, for programs on this machine."""
+    """The OpenAI-compatible API and the mesh API, for programs on this machine or, with keys, beyond it."""
 
     host: str = field(
         default="127.0.0.1",
         metadata=about(
-            "Loopback address to listen on. Others are refused as long as there are no API keys; from"
-            " another machine use a tunnel, such as ssh -L.",
-            pattern=r"127\.\d{1,3}\.\d{1,3}\.\d{1,3}|::1|localhost",
-            pattern_means="a loopback address (127.0.0.1, ::1 or localhost)",
+            "Address to listen on. Beyond loopback (0.0.0.0: all) everybody needs TLS and an API key:"
+            " make one first with `meshd key create`. Loopback goes on without either.",
+            pattern=r"[0-9A-Fa-f:.]+|localhost",
+            pattern_means="an IP address, such as 127.0.0.1 or 0.0.0.0, or localhost",
         ),
     )
     port: int = field(
@@ -214,7 +215,17 @@ class HttpSection:
     connections_max: int = field(
         default=256,
         metadata=about(
-            "Connections at once; further ones wait. Raising it costs about 50 kB each.",
+            "TCP connections at once; further ones wait. Raising it costs about 50 kB each, and twice"
+            " http.send_buffer_bytes for a client that does not read.",
+            minimum=1,
+            maximum=65_536,
+        ),
+    )
+    connections_per_source_max: int = field(
+        default=100,
+        metadata=about(
+            "TCP connections at once from one address; further ones are closed. Raising it lets one"
+            " machine take the places of others.",
             minimum=1,
             maximum=65_536,
         ),
@@ -225,6 +236,72 @@ class HttpSection:
             "Seconds an idle connection is kept. Raising it saves reconnects and holds connections.",
             minimum=0.0,
             maximum=86_400.0,
+        ),
+    )
+    head_s: float = field(
+        default=10.0,
+        metadata=about(
+            "Seconds for the line and the headers of a request, and for a TLS handshake. Raising it"
+            " helps very slow links and lets slow clients hold connections.",
+            minimum=0.1,
+            maximum=3600.0,
+        ),
+    )
+    body_s: float = field(
+        default=10.0,
+        metadata=about(
+            "Seconds for the body of a request, once its headers are there.",
+            minimum=0.1,
+            maximum=3600.0,
+        ),
+    )
+    stalled_s: float = field(
+        default=30.0,
+        metadata=about(
+            "Seconds in which a client must take what was sent to it; then its connection is closed.",
+            minimum=0.1,
+            maximum=3600.0,
+        ),
+    )
+    send_buffer_bytes: int = field(
+        default=131_072,
+        metadata=about(
+            "Bytes that the system holds for a client that does not read. Raising it helps fast"
+            " answers over slow links and costs memory for each connection.",
+            minimum=8192,
+            maximum=16_777_216,
+        ),
+    )
+    allowed_hosts: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            "Further names that a Host header may have. Loopback's, the addresses, and with TLS the"
+            " names in the node's own certificate are allowed anyway. For a name in your own DNS.",
+            maximum=64,
+            pattern=r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?",
+            pattern_means="a DNS name, such as board.example.org",
+        ),
+    )
+    require_key: bool = field(
+        default=False,
+        metadata=about(
+            "Whether programs on this machine need an API key too when they use TCP. A wrong key is"
+            " refused in any case; the Unix socket is for its group."
+        ),
+    )
+    certificate: Path = field(
+        default=Path("/var/lib/meshd/edge/certificate.pem"),
+        metadata=about(
+            "PEM file of the certificate, chain included, to show beyond loopback; read again when it"
+            " changes. Give key too.",
+            derived="one that the daemon makes and renews, in the folder edge of node.state_dir",
+        ),
+    )
+    key: Path = field(
+        default=Path("/var/lib/meshd/edge/key.pem"),
+        metadata=about(
+            "PEM file of the certificate's private key.",
+            derived="made with the certificate",
         ),
     )
 
@@ -390,6 +467,9 @@ class Config:
     gossip: GossipSection = field(default_factory=GossipSection)
     http: HttpSection = field(default_factory=HttpSection)
     limits: LimitsSection = field(default_factory=LimitsSection)
+    access: AccessSection = field(default_factory=AccessSection)
+    trust: TrustSection = field(default_factory=TrustSection)
+    audit: AuditSection = field(default_factory=AuditSection)
     log: LogSection = field(default_factory=LogSection)
     storage: StorageSection = field(default_factory=StorageSection)
     plugins: PluginsSection = field(default_factory=PluginsSection)
@@ -403,6 +483,9 @@ SECTIONS = {
     "gossip": GossipSection,
     "http": HttpSection,
     "limits": LimitsSection,
+    "access": AccessSection,
+    "trust": TrustSection,
+    "audit": AuditSection,
     "log": LogSection,
     "storage": StorageSection,
     "plugins": PluginsSection,

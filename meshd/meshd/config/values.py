@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import cast
 
-from meshd.config.fields import About
+from meshd.config.fields import About, Tables
 from meshd_plugins.api import Value
 
 DEPTH_MAX = 16  # of tables and lists inside a table that is passed through
@@ -37,6 +37,8 @@ def convert(raw: object, kind: type, about: About, *, base: Path, text: bool) ->
         raw = _read(raw, kind)
     if kind is tuple:
         return _texts(raw, about)
+    if kind is Tables:
+        return _tables(raw)
     if kind is dict:
         return passed_through(raw)
     if kind is bool:
@@ -65,6 +67,12 @@ def passed_through(raw: object) -> Mapping[str, Value]:
     return cast("Mapping[str, Value]", _plain(cast("Mapping[str, object]", raw), DEPTH_MAX))
 
 
+def _tables(raw: object) -> Tables:
+    if not isinstance(raw, Sequence) or isinstance(raw, (str, bytes)):
+        raise Unsuitable("expected tables, each under a line with its name in double brackets")
+    return Tables(passed_through(item) for item in cast("Sequence[object]", raw))
+
+
 def read_toml_value(text: str) -> object:
     """The text as TOML reads a value (`3`, `true`, `["a"]`), or the text itself where it is none."""
     try:
@@ -80,7 +88,7 @@ def _read(text: str, kind: type) -> object:
         if word.startswith("["):
             return read_toml_value(word)
         return [part.strip() for part in word.split(",") if part.strip()]
-    if kind is dict:
+    if kind is dict or kind is Tables:
         return read_toml_value(word)
     if kind is bool:
         folded = word.lower()
@@ -173,4 +181,5 @@ _IN_WORDS: Mapping[type, str] = {
     Path: "path",
     tuple: "list of texts",
     dict: "table",
+    Tables: "tables",
 }
