@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,7 +15,11 @@ from typing import Self
 from tests.support_daemons import HOST, Daemon, free_port
 
 from meshd.core.effects import Address
+from meshd.core.frame_codec import decode as decode_frame
+from meshd.core.frame_codec import encode as encode_frame
+from meshd.core.frames import LENGTH_BYTES, Frame, Hello
 from meshd.core.membership import MemberState, Update
+from meshd.core.newcomers import nothing_of
 from meshd.core.sealing import Opened, Opener, Sealer
 from meshd.core.wire import (
     Ack,
@@ -21,6 +27,7 @@ from meshd.core.wire import (
     Heartbeat,
     Message,
     Ping,
+    Pull,
     Record,
     View,
     decode,
@@ -33,21 +40,48 @@ from meshd_cms.store import Store
 from meshd_cms.types import Delta, Epoch, NodeId, StoreConfig, Version
 
 RECORDED_MAX = 2_000
+ANSWER_DEADLINE_S = 15.0
+
+
+def addresses(daemons: Sequence[Daemon]) -> list[Address]:
+    """Where daemons on loopback are."""
+    return [(HOST, daemon.port) for daemon in daemons]
+
+
+def _speaking() -> socket.socket:
+    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    made.bind((HOST, free_port()))
+    return made
+
+
+def _connected(address: Address) -> socket.socket:
+    return socket.create_connection(address, timeout=ANSWER_DEADLINE_S)
 
 
 class Liar:
     """Answers pings, so that it is a member, and keeps what it hears.
 
     Args:
-        state: the state folder of an enrolled node that no daemon runs for.
-        targets: the daemons of the mesh.
+        state: the state folder of a node of the mesh that no daemon runs for.
+        targets: where the daemons of the mesh are.
+        speaking: a bound UDP socket, which is closed at the end; without one, a port of loopback.
+        dial: makes a TCP connection.
     """
 
-    def __init__(self, state: Path, targets: Sequence[Daemon]) -> None:
+    def __init__(
+        self,
+        state: Path,
+        targets: Sequence[Address],
+        speaking: socket.socket | None = None,
+        dial: Callable[[Address], socket.socket] = _connected,
+    ) -> None:
         self.identity: Identity = load_identity(state)
         self.me: NodeId = self.identity.node_id
-        self.address: Address = (HOST, free_port())
-        self.targets: list[Address] = [(HOST, daemon.port) for daemon in targets]
+        self._socket = _speaking() if speaking is None else speaking
+        self._socket.settimeout(0.1)
+        self._dial = dial
+        self.address: Address = self._socket.getsockname()
+        self.targets: list[Address] = list(targets)
         self.epoch = Epoch(time.time_ns() // 1_000_000)
         self.incarnation = 0
         self.known: dict[NodeId, Update] = {}
@@ -59,12 +93,9 @@ class Liar:
         self.store = Store(
             StoreConfig(), identity.mesh_id, identity.signer, self.epoch, identity.verify
         )
-        self._sealer = Sealer(identity.datagram_key, identity.mesh_id, self.me, self.epoch)
+        self.sealer = Sealer(identity.datagram_key, identity.mesh_id, self.me, self.epoch)
         self._opener = Opener([identity.datagram_key], identity.mesh_id, self.me)
         self._sealing = threading.Lock()
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind(self.address)
-        self._socket.settimeout(0.1)
         self._ended = threading.Event()
         self._listener = threading.Thread(target=self._listen, daemon=True)
 
@@ -100,7 +131,7 @@ class Liar:
         """Seal and send."""
         payload = payload_of([encode(message) for message in messages])
         with self._sealing:
-            datagram = self._sealer.seal(payload)
+            datagram = self.sealer.seal(payload)
         self.throw(target, datagram)
 
     def throw(self, target: Address, datagram: bytes) -> None:
@@ -111,6 +142,10 @@ class Liar:
             return
         self.sent_bytes += len(datagram)
 
+    def rest(self, seconds: float) -> None:
+        """Keep a pace."""
+        self._ended.wait(seconds)
+
     def lie(self, make: Callable[[int], list[Message]], count: int, per_s: float) -> None:
         """Say `make(number)` to every daemon, for that many numbers, at that pace."""
         began_s = time.monotonic()
@@ -119,7 +154,7 @@ class Liar:
             for target in self.targets:
                 if messages:
                     self.say(target, messages)
-            self._ended.wait(max(0.0, began_s + (number + 1) / per_s - time.monotonic()))
+            self.rest(max(0.0, began_s + (number + 1) / per_s - time.monotonic()))
 
     def about(
         self,
@@ -147,6 +182,26 @@ class Liar:
     def others(self) -> list[Update]:
         """What the honest nodes last said of each other."""
         return [update for node, update in sorted(self.known.items()) if node != self.me]
+
+    def ask_for_records(self) -> None:
+        """Pull what is held of everybody it knows."""
+        wanted = tuple(nothing_of(update.node) for update in self.others())
+        for target in self.targets:
+            self.say(target, [Pull(wanted)])
+
+    @contextmanager
+    def stream(self, target: Address, *, hello: Hello | None = None) -> Generator[Stream]:
+        """A stream to a daemon, up as far as this end can tell; `hello` in place of a true one."""
+        context = self.identity.client_context
+        with context.wrap_socket(self._dial(target)) as secured:
+            opened = Stream(secured)
+            opened.send(self.hello() if hello is None else hello)
+            yield opened
+
+    def hello(self) -> Hello:
+        """What it would say if it was honest."""
+        mesh, me = self.identity.mesh_id, self.me
+        return Hello(mesh, me, self.epoch, clock_s=time.time())
 
     # -- what it hears ----------------------------------------------------------------------------------
 
@@ -191,3 +246,36 @@ class Liar:
                     self.say(source, [self._own()])
                 case _:
                     pass
+
+
+class Stream:
+    """A peer stream, frame by frame."""
+
+    def __init__(self, secured: ssl.SSLSocket) -> None:
+        self._secured = secured
+
+    def send(self, frame: Frame) -> None:
+        """Say something. Raises OSError when the other end has closed."""
+        self._secured.sendall(encode_frame(frame))
+
+    def throw(self, data: bytes) -> None:
+        """Say bytes as they are."""
+        self._secured.sendall(data)
+
+    def frames(self) -> Iterator[Frame]:
+        """What comes, until the other end closes, in whatever way."""
+        received = bytearray()
+        while True:
+            while len(received) >= LENGTH_BYTES:
+                end = LENGTH_BYTES + int.from_bytes(received[:LENGTH_BYTES], "big")
+                if len(received) < end:
+                    break
+                yield decode_frame(bytes(received[LENGTH_BYTES:end]))
+                del received[:end]
+            try:
+                more = self._secured.recv(65_536)
+            except (ConnectionError, ssl.SSLError):
+                return
+            if not more:
+                return
+            received += more

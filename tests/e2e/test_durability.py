@@ -406,12 +406,7 @@ def test_a_node_that_lost_its_key_is_another_one_and_the_old_one_expires(mesh: M
     before, state = status(node)["node"], node.folder / "state"
     kill(node)
     shutil.rmtree(state / "identity")
-    subprocess.run(
-        [*MESHD, "init", "--enrol", str(mesh.folder / "mesh.enrolment"), "--state-dir", str(state)],
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
+    mesh.admit(state)
     node = again(mesh, node)
     mesh.wait_for_capability(first, ECHO)
     after = status(node)["node"]

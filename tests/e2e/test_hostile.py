@@ -82,7 +82,8 @@ def data_of(response: HTTPResponse) -> Iterator[str]:
 
 
 def chat(connection: HTTPConnection, prompt: str) -> tuple[int, dict[str, Any]]:
-    connection.request("POST", "/v1/chat/completions", chat_body(ECHO, prompt, stream=False))
+    kind = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", chat_body(ECHO, prompt, stream=False), kind)
     answer = connection.getresponse()
     return answer.status, json.loads(answer.read())
 
@@ -90,6 +91,7 @@ def chat(connection: HTTPConnection, prompt: str) -> tuple[int, dict[str, Any]]:
 # -- peers that stand still or die -------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_a_peer_that_stands_still_before_its_first_piece_is_replaced_and_comes_back(
     mesh: Mesh,
 ) -> None:
@@ -122,6 +124,7 @@ def test_a_peer_that_stands_still_before_its_first_piece_is_replaced_and_comes_b
     mesh.wait_for_capability(entry, ECHO, holders=2)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGSTOP, "peer_hung"), (signal.SIGKILL, "stream_lost")]
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from tests.e2e.support_liar import Liar
+from tests.e2e.support_liar import Liar, addresses
 from tests.support_daemons import Daemon, Mesh
 
 from meshd.core.membership import MemberState
@@ -85,7 +85,7 @@ def lied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lied]:
     with Mesh(tmp_path_factory.mktemp("liars")) as mesh:
         honest = [mesh.start(name) for name in HONEST]
         state = mesh.init("liar") / "state"
-        with Liar(state, honest) as liar:
+        with Liar(state, addresses(honest)) as liar:
             liar.store.set("node", {"name": "liar"})
 
             def met() -> bool:

@@ -295,7 +295,7 @@ def written(folder: Path, port: int, http_port: int, more: str = "") -> Path:
 def test_without_keys_it_says_so(tmp_path: Path) -> None:
     status, found = findings(written(tmp_path, 0, 0))
     assert status == 2
-    assert {"daemon_down", "not_enrolled"} <= found.keys()
+    assert {"daemon_down", "no_identity"} <= found.keys()
     assert "port_taken" not in found
 
 
@@ -310,7 +310,7 @@ def test_taken_ports_are_named_and_free_ones_are_left_free(mesh: Mesh) -> None:
     port, http_port = free_port(), free_port()
     config = written(folder, port, http_port)
     _, found = findings(config)
-    assert found.keys() & {"port_taken", "not_enrolled", "disk_refuses"} == set()
+    assert found.keys() & {"port_taken", "no_identity", "disk_refuses"} == set()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
         taken.bind((HOST, port))
         _, found = findings(config)

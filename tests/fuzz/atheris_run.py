@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, Final
 
 TARGETS: Final = (
-    "member", "stranger", "wire", "sealed", "stream", "record", "snapshot", "storage", "enrolment", "announcement",
+    "member", "stranger", "wire", "sealed", "stream", "record", "snapshot", "storage", "announcement",
+    "join", "token", "exchange", "certificate", "decree", "hello", "passport",
 )  # fmt: skip
 INPUT_BYTES_MAX: Final = 4_096
 CORPUS: Final = Path(__file__).parent / "corpus"

@@ -26,11 +26,19 @@ from tests.fuzz.support_byte_targets import RecordTarget, SealedTarget, StreamTa
 from tests.fuzz.support_figures import Figures, Kind
 from tests.fuzz.support_file_targets import (
     AnnouncementTarget,
-    EnrolmentTarget,
     SnapshotTarget,
     StorageTarget,
 )
 from tests.fuzz.support_targets import FromMembers, FromStrangers, Target, WireTarget
+from tests.fuzz.support_trust_targets import (
+    CertificateTarget,
+    DecreeTarget,
+    ExchangeTarget,
+    HelloTarget,
+    JoinTarget,
+    PassportTarget,
+    TokenTarget,
+)
 
 TARGETS: Final[dict[str, type[Target]]] = {
     target.name: target
@@ -43,21 +51,33 @@ TARGETS: Final[dict[str, type[Target]]] = {
         RecordTarget,
         SnapshotTarget,
         StorageTarget,
-        EnrolmentTarget,
         AnnouncementTarget,
+        JoinTarget,
+        TokenTarget,
+        ExchangeTarget,
+        CertificateTarget,
+        DecreeTarget,
+        HelloTarget,
+        PassportTarget,
     )
 }
 SHARES: Final = {
-    "member": 0.30,
-    "stranger": 0.15,
+    "member": 0.28,
+    "stranger": 0.14,
     "wire": 0.05,
-    "sealed": 0.16,
-    "stream": 0.12,
-    "record": 0.12,
-    "snapshot": 0.04,
-    "announcement": 0.04,
+    "sealed": 0.15,
+    "stream": 0.11,
+    "record": 0.11,
+    "snapshot": 0.03,
+    "announcement": 0.03,
     "storage": 0.01,
-    "enrolment": 0.01,
+    "join": 0.03,
+    "token": 0.01,
+    "exchange": 0.001,  # an exchange takes milliseconds
+    "certificate": 0.014,
+    "decree": 0.015,
+    "hello": 0.01,
+    "passport": 0.01,
 }
 BLOCK: Final = 5_000
 """Inputs that one target object takes, one after another; its state carries over from one to the next."""

@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import random
-import shutil
-import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from time import thread_time
 from typing import Final
@@ -27,9 +24,6 @@ from meshd.core.effects import Address
 from meshd.shell.discovery import HINTS_MAX, SERVICE_TYPE, Announcement, MdnsDiscovery
 from meshd.shell.envelope import enclose
 from meshd.shell.storage import EPOCH, EPOCH_COPY, FORMAT, PEERS, Storage, StorageError
-from meshd.trust.enrolment import enrol, write_enrolment
-from meshd.trust.identity import init_mesh
-from meshd.trust.identity_errors import IdentityError
 from meshd_cms.errors import SnapshotError
 from meshd_cms.packing import pack
 from meshd_cms.store import Store
@@ -153,47 +147,6 @@ class StorageTarget(Target):
                     raise Broken(f"epochs fell from {first} to {second}")
         self.figures.note(outcome, data, thread_time() - began_s)
         self.figures.outcomes[outcome] += 1
-
-
-@cache
-def _enrolment() -> bytes:
-    with tempfile.TemporaryDirectory(prefix="fuzz-enrolment-") as name:
-        folder = Path(name)
-        init_mesh(folder / "state", "fuzzed")
-        write_enrolment(folder / "state", folder / "file")
-        return (folder / "file").read_bytes()
-
-
-class EnrolmentTarget(Target):
-    """`enrol`: a damaged file changes nothing and says so."""
-
-    name = "enrolment"
-
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(rng)
-        self._valid = _enrolment()
-        self._folder = Path(tempfile.mkdtemp(prefix="fuzz-enrol-"))
-
-    def case(self) -> bytes:
-        return mutant([self._valid], self.rng)
-
-    def feed(self, data: bytes) -> None:
-        file, state = self._folder / "file", self._folder / "state"
-        file.write_bytes(data)
-        began_s = thread_time()
-        try:
-            enrol(state, file)
-            outcome = "enrolled"
-            shutil.rmtree(state)
-        except IdentityError as error:
-            outcome = error.code
-            if state.exists() and any(state.rglob("*.pem")):
-                raise Broken("a refused file left an identity behind") from error
-        self.figures.note(outcome, data, thread_time() - began_s)
-        self.figures.outcomes[outcome] += 1
-
-    def finish(self) -> None:
-        shutil.rmtree(self._folder)
 
 
 class AnnouncementTarget(Target):

@@ -6,16 +6,20 @@ import random
 from dataclasses import replace
 from typing import Final
 
+from tests.fuzz.support_mutation import flip
 from tests.fuzz.support_scene import LIAR, Identity, Traffic
 from tests.sim.world import MESH
 from tests.unit.support_cms import HashSigner
+from tests.unit.support_decrees import generation, revocation
 
+from meshd.core.decrees import DECREE_ID_BYTES
 from meshd.core.effects import Address
 from meshd.core.membership import STATES, Update
 from meshd.core.wire import (
     TARGET_BYTES,
     Ack,
     Claim,
+    DecreesHeld,
     Digest,
     Heartbeat,
     Interest,
@@ -26,6 +30,7 @@ from meshd.core.wire import (
     Nack,
     Ping,
     PingRequest,
+    Proclaim,
     Pull,
     Record,
     Soft,
@@ -96,7 +101,7 @@ class Grammar:
     def message(self, rng: random.Random) -> Message:
         """One message of any kind."""
         number = self._number
-        match rng.randrange(15):
+        match rng.randrange(17):
             case 0:
                 target = self._ids[0] if rng.random() < 0.5 else self._node(rng)
                 return Ping(number(rng), target[:TARGET_BYTES], self._heartbeat(rng))
@@ -135,10 +140,30 @@ class Grammar:
                 )
             case 13:
                 buckets = 2 ** rng.randrange(9)
-                return Summary(tuple(rng.getrandbits(32) for _ in range(buckets)))
+                told = rng.choice((bytes(DECREE_ID_BYTES), rng.randbytes(DECREE_ID_BYTES)))
+                return Summary(tuple(rng.getrandbits(32) for _ in range(buckets)), told)
+            case 14:
+                return Proclaim(self._decree(rng), rng.random() < 0.7)
+            case 15:
+                held = sorted({rng.randbytes(DECREE_ID_BYTES) for _ in range(rng.randrange(5))})
+                first, last = bytes(DECREE_ID_BYTES), b"\xff" * DECREE_ID_BYTES
+                return DecreesHeld(first, last, tuple(held), rng.random() < 0.5)
             case _:
                 ids = self._span(rng)[2]
                 return Pull(tuple(self._digest_line(one, rng) for one in ids))
+
+    def _decree(self, rng: random.Random) -> bytes:
+        """Of an authority or of nobody: a new key, somebody out who was never in, or noise."""
+        signer = rng.choice(self._strangers)
+        match rng.randrange(4):
+            case 0:
+                return rng.randbytes(rng.choice((1, 64, 400)))
+            case 1:
+                return revocation(signer, NodeId(b"never was member"), rng.randrange(1, 4))
+            case 2:
+                return flip(generation(signer, 1 + rng.randrange(9)), rng)
+            case _:
+                return generation(signer, 1 + rng.randrange(9), rng.randrange(1, 4))
 
     # -- parts ------------------------------------------------------------------------------------------
 

@@ -17,8 +17,10 @@ from typing import Final
 from tests.fuzz.support_figures import Broken
 from tests.sim.world import MESH, World
 from tests.unit.support_cms import HashSigner, hash_verify
+from tests.unit.support_decrees import hash_verify_decree
 
 from meshd.core.config import GossipConfig, lan
+from meshd.core.decrees import Decrees
 from meshd.core.effects import Address, Effect, Knock, Lane, Send, StreamPing
 from meshd.core.membership import LocalNode, MemberState, Update
 from meshd.core.node import NodeCore
@@ -272,7 +274,8 @@ class Scene:
         mine = self.nodes[VICTIM]
         self.store = Store(StoreConfig(), MESH, mine.signer, Epoch(mine.epoch), hash_verify)
         me = LocalNode(self.store.owner, mine.name, mine.address)
-        self.core = NodeCore(config or lan(), me, self.store, random.Random(seed))
+        decrees = Decrees(hash_verify_decree)
+        self.core = NodeCore(config or lan(), me, self.store, random.Random(seed), decrees)
         self.honest = {one.node: Honest(one) for one in self.nodes if one.node != mine.node}
         del self.honest[self.nodes[SILENT].node]
         self._pending: deque[Effect] = deque()

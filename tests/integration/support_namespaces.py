@@ -27,9 +27,6 @@ from typing import Self
 
 from tests.support_daemons import STOP_DEADLINE_S, Daemon, Mesh
 
-from meshd.trust.enrolment import enrol, write_enrolment
-from meshd.trust.identity import init_mesh
-
 NETWORK = "10.77.0"  # /24, private, and only in these namespaces
 NETWORK_V6 = "fd77::"  # /64, the same
 INTERFACE = "eth0"
@@ -238,18 +235,6 @@ class LanMesh(Mesh):
             daemon.process.kill()
         for daemon in self.daemons:
             daemon.process.wait(STOP_DEADLINE_S)
-
-    def init(self, name: str) -> Path:
-        """As the command does it, without half a second for a process each time."""
-        folder, enrolment = self.folder / name, self.folder / "mesh.enrolment"
-        folder.mkdir()
-        state = folder / "state"
-        if enrolment.exists():
-            enrol(state, enrolment)
-        else:
-            init_mesh(state, "lan")
-            write_enrolment(state, enrolment)
-        return folder
 
     def start_on(
         self,
