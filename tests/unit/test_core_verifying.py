@@ -172,3 +172,15 @@ def test_records_that_wait_for_others_are_paid_for() -> None:
         if number > 1:  # one is missing, so all others wait
             node.tell([Record(over_the_wire(delta), rumour=True)])
     assert node.verify.checks - before < 700
+
+
+def test_copies_of_what_is_known_are_heard_from_who_owes_and_cost_nothing() -> None:
+    node = attacked()
+    node.meet(1, 2)
+    good = Record(good_record(6), rumour=True)
+    node.tell([good], peer=2)
+    node.flood(2_000, [node_id(1)])
+    before = node.verify.checks
+    node.tell([good], peer=1)
+    assert node.verify.checks == before
+    assert node.core.statistics()["record_unverified"] == 2_000 - 600 // (ENTRIES + 1)

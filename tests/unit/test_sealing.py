@@ -260,7 +260,9 @@ def test_a_member_that_spoilt_the_window_of_another_did_so_for_one_key(
     assert bob.open(alice.seal(b"again"), 0.0) == Opened(ALICE, EPOCH, b"again")
     after = opener(OTHER_KEY)
     after.restore(bob.floors())
-    assert after.open(alice.seal(b"after a restart"), 0.0) == Opened(ALICE, EPOCH, b"after a restart")
+    assert after.open(alice.seal(b"after a restart"), 0.0) == Opened(
+        ALICE, EPOCH, b"after a restart"
+    )
 
 
 def test_what_was_opened_before_a_restart_does_not_open_again() -> None:

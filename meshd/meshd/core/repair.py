@@ -60,6 +60,7 @@ from meshd.core.wire import (
 from meshd_cms.types import (
     RUMOUR_BYTES_MAX,
     Applied,
+    Delta,
     DigestLine,
     Epoch,
     Known,
@@ -227,7 +228,7 @@ class Repair:
         if self._is_ghost(delta.owner, delta.epoch):
             context.count("record_ghost")
             return True
-        if not self._verifying.may_check(delta, sender, lane):
+        if self._is_news(delta) and not self._verifying.may_check(delta, sender, lane):
             return True
         result = context.store.apply(delta, context.now_s)
         match result:
@@ -335,6 +336,15 @@ class Repair:
         for member in self._context.members.sample(1):
             self.exchange(member)
         self._later()
+
+    def _is_news(self, delta: Delta) -> bool:
+        """Whether the store will check signatures; most copies of a rumour are known and cost nothing."""
+        if delta.owner == self._context.me.node:
+            return True
+        held = self._context.store.pull_line(delta.owner)
+        if held is None or held.epoch != delta.epoch:
+            return True
+        return delta.until > held.max_version or delta.head.floor > held.floor
 
     def _is_ghost(self, owner: NodeId, epoch: int) -> bool:
         """Whether it is the record of somebody who is no longer listed."""

@@ -45,9 +45,10 @@ class Verifying:
     def may_check(self, delta: Delta, sender: NodeId, lane: Lane) -> bool:
         """Whether to look at a delta at all."""
         context = self._context
-        if any(one.left(context.now_s) < 1.0 for one in self._accounts(sender, lane)):
-            context.count("record_unverified")
-            return False
+        for account in self._accounts(sender, lane):
+            if account.left(context.now_s) < 1.0:
+                context.count("record_unverified")
+                return False
         if self._writes.of(delta.owner).left(context.now_s) < 1.0:
             context.count("record_excess")
             return False
