@@ -71,7 +71,8 @@ check_compiler() {
     for tool in cc:gcc c++:g++; do
         has "${tool%:*}" || missing "A ${tool%:*} compiler is missing: $(install_command build-essential 'gcc gcc-c++ make')"
     done
-    printf '#include <cstdio>\nint main() { return 0; }\n' | c++ -x c++ -fsyntax-only - >/dev/null 2>&1 ||
+    # A here-string and no pipe: a compiler that ends before it has read all would look like one that fails.
+    c++ -x c++ -fsyntax-only - <<<$'#include <cstdio>\nint main() { return 0; }' >/dev/null 2>&1 ||
         missing "The C++ compiler cannot compile (its headers are missing): $(install_command build-essential 'gcc-c++ glibc-devel')"
     has make || has ninja || missing "make is missing: $(install_command build-essential make)"
 }

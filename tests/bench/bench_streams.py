@@ -19,8 +19,7 @@ import structlog
 import trio
 
 from meshd.shell.streams import CallHeader, IncomingCall, PeerStreams, StreamConfig
-from meshd.trust.enrolment import enrol, write_enrolment
-from meshd.trust.identity import Identity, init_mesh, load_identity
+from meshd.trust.identity import Identity, admit, init_mesh, load_identity
 from meshd_cms.types import NodeId, Value
 
 LOAD: Value = {"busy": 1, "queue": 0, "tokens_per_s": 42.5}
@@ -121,10 +120,9 @@ def main() -> None:
     quiet()
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 3.0
     with tempfile.TemporaryDirectory() as folder:
-        server_dir, file = Path(folder, "server"), Path(folder, "enrolment")
+        server_dir = Path(folder, "server")
         server = init_mesh(server_dir, "bench")
-        write_enrolment(server_dir, file)
-        identity = enrol(Path(folder, "client"), file)
+        identity = admit(server, Path(folder, "client"))
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(server_dir, theirs), daemon=True)

@@ -2,8 +2,7 @@
 
 python -m tests.bench.gossip.meshd_mesh FOLDER NODES
 
-`FOLDER/mesh.enrolment` lets a node enrol; `FOLDER/NAME` is the state folder of the node called NAME, with
-its identity. The node program finds them through `MESHD_BENCH_MESH=FOLDER`.
+`FOLDER/NAME` is the state folder of the node called NAME, with its identity; the founder's lets them in. The node program finds them through `MESHD_BENCH_MESH=FOLDER`.
 """
 
 from __future__ import annotations
@@ -11,23 +10,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from meshd.trust.enrolment import enrol, write_enrolment
-from meshd.trust.identity import init_mesh
+from meshd.trust.identity import admit, init_mesh, load_identity
 
-ENROLMENT_FILE = "mesh.enrolment"
 FOUNDER = ".founder"
 
 
 def make_mesh(folder: Path) -> None:
-    """Found a mesh in an existing or new folder, and write its enrolment file."""
+    """Found a mesh in an existing or new folder."""
     init_mesh(folder / FOUNDER, "bench")
-    write_enrolment(folder / FOUNDER, folder / ENROLMENT_FILE)
 
 
 def add_node(folder: Path, name: str) -> Path:
-    """Enrol a node; its state folder."""
+    """Let a node in; its state folder."""
     state = folder / name
-    enrol(state, folder / ENROLMENT_FILE)
+    admit(load_identity(folder / FOUNDER), state)
     return state
 
 
