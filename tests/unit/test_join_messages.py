@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshd.trust.certificates import Role
+from meshd.trust.certificates import CHAIN_MAX, Role
 from meshd.trust.join_errors import MalformedMessage, Refusal
 from meshd.trust.join_messages import (
     LENGTH_BYTES,
@@ -36,7 +36,7 @@ def exactly(count: int) -> st.SearchStrategy[bytes]:
 
 
 texts = st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=60)
-chains = st.lists(st.binary(min_size=1, max_size=600), min_size=1, max_size=4).map(tuple)
+chains = st.lists(st.binary(min_size=1, max_size=600), min_size=1, max_size=CHAIN_MAX).map(tuple)
 offers = st.builds(Offer, exactly(32), chains, st.binary(min_size=1, max_size=600))
 from_joiners: st.SearchStrategy[FromJoiner] = st.one_of(
     st.builds(Hello, st.integers(0, 255), st.just(b"") | exactly(33)),
