@@ -85,6 +85,7 @@ port = {gossip_port}
 
 [discovery]
 mdns = {str(mdns).lower()}
+remember = false  # joining told each of the inviter's address: here multicast is to be seen at work
 seeds = {json.dumps(self.seeds)}
 
 [gossip]
