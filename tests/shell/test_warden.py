@@ -14,8 +14,10 @@ from tests.shell.support_trust import Book, TrustNode, node
 
 from meshd.core.decrees import DecreeKind
 from meshd.core.frames import CallHeader
-from meshd.shell.streams import StreamError
+from meshd.shell.streams import RemoteRefused, StreamError
+from meshd.shell.trust_calls import TrustClient
 from meshd.shell.trust_state import NodeRevoked, load_trust
+from meshd.trust.certificates import der
 from meshd.trust.decree_proofs import sign_decree
 from meshd.trust.identity import Role, admit, init_mesh, load_identity
 from meshd.trust.identity_errors import NotAnIssuer
@@ -128,6 +130,75 @@ async def test_who_was_let_in_by_a_revoked_issuer_renews_if_it_was_known(tmp_pat
         async with node(tmp_path / "x", book) as unknown:
             await settled(lambda: "not known here before" in unknown.warden.last_error)
             assert unknown.node not in alice.live()
+
+
+@trio_test
+async def test_who_is_appointed_lets_nodes_in_and_renews_and_what_it_revoked_outlives_it(
+    tmp_path: Path,
+) -> None:
+    founder = init_mesh(tmp_path / "a", "home")
+    for name in ("b", "c", "d"):
+        admit(founder, tmp_path / name, now_s=time.time() - (30 * DAY_S if name == "d" else 0.0))
+    book = Book()
+    async with node(tmp_path / "a", book) as alice, node(tmp_path / "c", book) as carol:
+        async with node(tmp_path / "b", book) as bob:
+            await joined(alice, bob, carol)
+            with pytest.raises(NotAnIssuer):
+                await carol.warden.appoint(bob.node, bob.address, bob.identity.signer.public_key)
+            await alice.warden.appoint(bob.node, bob.address, bob.identity.signer.public_key)
+            assert (bob.identity.role, bob.state.is_issuer) == (Role.ISSUER, True)
+            with pytest.raises(NotAnIssuer, match="not make issuers"):
+                await bob.warden.appoint(carol.node, carol.address, bytes(32))
+            assert admit(bob.identity, tmp_path / "e").credential.issuer == bob.node
+            await settled((tmp_path / "b/trust/authority").exists)
+            await settled((tmp_path / "b/trust/certificate").exists)
+        # It is on disk, and the founder is not needed any more.
+        async with (
+            node(tmp_path / "b", book, epoch=2) as again,
+            node(tmp_path / "d", book) as dora,
+        ):
+            assert again.state.is_issuer
+            book.nodes.remove(alice)
+            dora.warden.member_seen(again.node, "b")
+            await settled(lambda: dora.state.verdict.is_good)
+            book.nodes.append(alice)
+            await joined(alice, again, carol, dora)
+            await again.warden.revoke(carol.node, "lost", rotate=True)
+            await settled(lambda: alice.state.decrees.is_revoked(carol.node))
+            await alice.warden.revoke(again.node, "stolen", rotate=False)
+            generation = alice.state.decrees.generation
+            assert generation is not None
+            assert generation.authority == alice.node  # the key was the revoked issuer's own
+            assert set(alice.state.decrees.revoked()) == {carol.node, again.node}
+            await settled(lambda: dora.identity.credential.issuer == alice.node)
+
+
+@trio_test
+async def test_nobody_is_appointed_by_what_is_no_appointment_of_it(tmp_path: Path) -> None:
+    founder = init_mesh(tmp_path / "a", "home")
+    for name in ("b", "c"):
+        admit(founder, tmp_path / name)
+    other = init_mesh(tmp_path / "z", "home")
+    book = Book()
+    async with node(tmp_path / "a", book) as alice, node(tmp_path / "b", book) as bob:
+        await joined(alice, bob)
+        key, client = bob.identity.signer.public_key, TrustClient(alice.streams)
+        theirs = load_identity(tmp_path / "c").signer.public_key
+        now_s = time.time()
+        good = (founder.issue(key, Role.ISSUER, now_s), founder.appoint(key))
+        wrong = (
+            # of another mesh, of another node, another's authority, a member's certificate, no authority
+            (other.issue(key, Role.ISSUER, now_s), other.appoint(key)),
+            (founder.issue(theirs, Role.ISSUER, now_s), founder.appoint(theirs)),
+            (good[0], founder.appoint(theirs)),
+            (founder.issue(key, Role.MEMBER, now_s), good[1]),
+            (good[0], good[0]),
+        )
+        before = bob.identity
+        for chain, authority in wrong:
+            with pytest.raises(RemoteRefused, match="no appointment"):
+                await client.appoint(bob.node, bob.address, der(chain), der(authority))
+        assert bob.identity == before
 
 
 @trio_test

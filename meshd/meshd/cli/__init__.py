@@ -13,6 +13,7 @@ import click
 from meshd import __version__
 from meshd.cli import (
     acl,
+    appoint,
     ask,
     audit,
     complete,
@@ -130,6 +131,7 @@ for command in (
     node.leave,
     key.key,
     trust.trust,
+    appoint.appoint,
     revoke.revoke,
     keys.keys,
     complete.completion,

@@ -1,7 +1,8 @@
-"""The endpoints behind `meshd trust`, `meshd revoke` and `meshd keys`. They take the scope admin.
+"""The endpoints behind `meshd trust`, `appoint`, `revoke` and `keys`. They take the scope admin.
 
 GET  /mesh/v1/trust           what holds: our certificate, the keys, the clocks, who is out
 POST /mesh/v1/trust/revoke    {"node", "reason", "keep_key", "force", "dry_run"}
+POST /mesh/v1/trust/appoint   {"node"}
 POST /mesh/v1/trust/rotate    {}
 """
 
@@ -50,6 +51,21 @@ class TrustRevoke:
         await send_json(send, 200, to_json(told), context_of(scope).headers)
 
 
+class TrustAppoint:
+    """`POST /mesh/v1/trust/appoint`. An ASGI application."""
+
+    def __init__(self, desk: TrustDesk, limits: EdgeLimits) -> None:
+        self._desk = desk
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, once the node has taken its new role."""
+        limits = self._limits
+        raw = await read_body(scope, receive, limits.request_bytes_max, limits.body_deadline_s)
+        told = await self._desk.appoint(_node(from_json(raw)))
+        await send_json(send, 200, to_json(told), context_of(scope).headers)
+
+
 class TrustRotate:
     """`POST /mesh/v1/trust/rotate`. An ASGI application."""
 
@@ -70,14 +86,20 @@ def trust_routes(desk: TrustDesk, limits: EdgeLimits) -> tuple[Route, ...]:
     return (
         Route("/mesh/v1/trust", TrustView(desk), methods=["GET"]),
         Route("/mesh/v1/trust/revoke", TrustRevoke(desk, limits), methods=["POST"]),
+        Route("/mesh/v1/trust/appoint", TrustAppoint(desk, limits), methods=["POST"]),
         Route("/mesh/v1/trust/rotate", TrustRotate(desk, limits), methods=["POST"]),
     )
 
 
-def _asked(payload: Mapping[str, Value]) -> Revoking:
-    node, reason = payload.get("node"), payload.get("reason", "")
+def _node(payload: Mapping[str, Value]) -> str:
+    node = payload.get("node")
     if not isinstance(node, str) or not node:
         raise RequestError("`node` must be a name or an id", param="node")
+    return node
+
+
+def _asked(payload: Mapping[str, Value]) -> Revoking:
+    node, reason = _node(payload), payload.get("reason", "")
     if not isinstance(reason, str):
         raise RequestError("`reason` must be text", param="reason")
     flags = {name: payload.get(name, False) for name in ("keep_key", "force", "dry_run")}

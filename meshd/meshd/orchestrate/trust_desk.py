@@ -12,8 +12,9 @@ from meshd.core.membership import MemberView
 from meshd.core.sealing import Opener
 from meshd.health import TrustFacts
 from meshd.orchestrate.trust_contacts import is_issuer
+from meshd.shell.stream_errors import StreamError
 from meshd.shell.warden import Warden
-from meshd.trust.certificates import Role
+from meshd.trust.certificates import CertificateError, Role
 from meshd.trust.identity_errors import IdentityError, NotAnIssuer
 from meshd.trust.standing import date_text
 from meshd_cms import NodeId, Store, node_id_text
@@ -247,6 +248,33 @@ class TrustDesk:
         if in_force is None or in_force.generation < generation:
             raise _void()
         return {"key_generation": generation}
+
+    async def appoint(self, node: str) -> Mapping[str, Value]:
+        """Make a member an issuer: it can invite, renew, revoke and rotate, as this node can.
+
+        Raises:
+            Refused: `unknown_node`, `not_an_issuer`; `no_record`, `not_alive`: what it takes is not known now.
+            BadRequest: `ambiguous_node`, `own_node`.
+            Failed: the node could not be told, or did not take it.
+        """
+        target = self._find(node)
+        self._check_issuer()
+        if target.node == self._state.identity.node_id:
+            raise BadRequest("this node is an issuer already", code="own_node")
+        view = self._members().get(target.node)
+        if view is None or not view.state.is_live:
+            raise Refused(f"{node} is not there now: it has to take its new role", code="not_alive")
+        public_key = self._store.public_key(target.node)
+        if public_key is None:
+            raise Refused(f"the record of {node} is not here yet: try again", code="no_record")
+        with _as_answers():
+            try:
+                await self._warden.appoint(target.node, view.address, public_key)
+            except (StreamError, CertificateError) as error:
+                raise Failed(
+                    f"{target.name or node} did not take it: {error}", code="not_appointed"
+                ) from error
+        return {"node": node_id_text(target.node), "name": target.name, "role": Role.ISSUER.value}
 
     def _check_issuer(self) -> None:
         if self._state.is_issuer:

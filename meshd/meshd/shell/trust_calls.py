@@ -1,10 +1,12 @@
-"""The calls about certificates and keys between daemons, both ends: `renew` and `sync` to `meshd/trust`.
+"""The calls about certificates and keys between daemons, both ends, to `meshd/trust`.
 
     renew   {}                          -> {"c": [certificate, ...]}     the chain, DER, its own first
+    appoint {"c": [certificate, ...], "a": [certificate, ...]} -> {}     be an issuer: the chain, the authority
     sync    {"d": [id, ...], "k": [commitment, ...]}
             -> chunks [decree, ...], then {"k": [key, ...], "b": bool}   "b": the callee lacks some of the ids
 
-`renew` is served to whoever has a key that was let in and is not revoked, `sync` to members in good standing.
+`renew` is served to whoever has a key that was let in and is not revoked, the others to members in good standing.
+An appointment proves itself: whoever brings it, an issuer has signed it.
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ from meshd_cms.types import NodeId, Value
 from meshd_plugins.api import BadRequest, Failed, Refused
 
 SYNC: Final = "sync"
+APPOINT: Final = "appoint"
 CALL_S: Final = 5.0
 SERVED_MAX: Final = 16  # at once
 KEYS_MAX: Final = 4  # asked for at once
 DECREES_PER_CHUNK: Final = 64
 
-_CHAIN, _DECREES, _KEYS, _BEHIND = "c", "d", "k", "b"
+_CHAIN, _AUTHORITY, _DECREES, _KEYS, _BEHIND = "c", "a", "d", "k", "b"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,12 @@ class Keeper(Protocol):
 
     def renewed(self, proof: PeerProof) -> Sequence[bytes]:
         """A new chain for a peer, DER. Raises Refused: with why not, and what to do."""
+        ...
+
+    def appointed(
+        self, proof: PeerProof, chain: Sequence[bytes], authority: Sequence[bytes]
+    ) -> None:
+        """A peer makes this node an issuer, with chains in DER. Raises Refused: they are not for this node."""
         ...
 
     def lacking(self, ids: Sequence[bytes]) -> tuple[Sequence[bytes], bool]:
@@ -93,10 +102,23 @@ class TrustServer:
                     return {_CHAIN: list(self._keeper.renewed(call.proof))}
                 case "sync":
                     return await self._sync(call)
+                case "appoint":
+                    return self._appoint(call)
                 case _:
                     raise BadRequest("this node knows no such call", code="unknown_call")
         finally:
             self._running -= 1
+
+    def _appoint(self, call: IncomingCall) -> Value:
+        body = call.body
+        if not isinstance(body, Mapping):
+            raise _malformed()
+        chain = _octets(body.get(_CHAIN), CHAIN_MAX, None)
+        authority = _octets(body.get(_AUTHORITY), CHAIN_MAX, None)
+        if not chain or not authority:
+            raise _malformed()
+        self._keeper.appointed(call.proof, chain, authority)
+        return {}
 
     async def _sync(self, call: IncomingCall) -> Value:
         body = call.body
@@ -132,6 +154,20 @@ class TrustClient:
         if not chain:
             raise _nonsense()
         return chain
+
+    async def appoint(
+        self,
+        node: NodeId,
+        address: Address,
+        chain: Sequence[bytes],
+        authority: Sequence[bytes],
+    ) -> None:
+        """Make a peer an issuer.
+
+        Raises: as `renew`.
+        """
+        body: dict[str, Value] = {_CHAIN: list(chain), _AUTHORITY: list(authority)}
+        await self._ask(node, address, APPOINT, body)
 
     async def sync(
         self,

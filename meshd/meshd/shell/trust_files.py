@@ -3,6 +3,7 @@
 Under `<state_dir>/trust/`, directory 0700, files 0600, each replaced as a whole, with a checksum::
 
     certificate   the chain that was issued last
+    authority     what makes this node an issuer, where it was appointed after it had joined
     keyring       the mesh's datagram keys: the one in force and those before it
     decrees       who is out, and which key is in force, as the authorities signed it
     roster        who was known as a member, and in which role
@@ -48,6 +49,7 @@ class _File:
 
 
 _CERTIFICATE: Final = _File("certificate", 16 * 1024)
+_AUTHORITY: Final = _File("authority", 16 * 1024)
 _KEYRING: Final = _File("keyring", 16 * 1024)
 _DECREES: Final = _File("decrees", DECREES_MAX * (DECREE_BYTES_MAX + 8) + 4_096)
 _ROSTER: Final = _File("roster", ROSTER_MAX * 128 + 4_096)
@@ -81,24 +83,23 @@ class TrustFiles:
         except OSError as error:
             self._refused(self._folder.name, error)
 
-    # -- the four files ----------------------------------------------------------------------------------
+    # -- the five files ----------------------------------------------------------------------------------
 
     def certificate(self) -> tuple[x509.Certificate, ...] | None:
         """The chain that was issued last; None when there is none, or none that can be believed."""
-
-        def chain(content: object) -> tuple[x509.Certificate, ...]:
-            if not _is_list(content) or not content or not _are_bytes(content):
-                raise _MalformedError
-            try:
-                return parse_der(content)
-            except CertificateError:
-                raise _MalformedError from None
-
-        return self._load(_CERTIFICATE, chain)
+        return self._load(_CERTIFICATE, _chain)
 
     def keep_certificate(self, chain: Sequence[x509.Certificate]) -> bool:
         """Replace it; False when the disk refused."""
         return self._replace(_CERTIFICATE, list(der(chain)))
+
+    def authority(self) -> tuple[x509.Certificate, ...] | None:
+        """The chain by which this node was appointed; None when there is none, or none that can be believed."""
+        return self._load(_AUTHORITY, _chain)
+
+    def keep_authority(self, chain: Sequence[x509.Certificate]) -> bool:
+        """Replace it; False when the disk refused."""
+        return self._replace(_AUTHORITY, list(der(chain)))
 
     def keyring(self) -> tuple[DatagramKey, ...]:
         """The keys that were held; empty when there are none, or none that can be believed."""
@@ -224,3 +225,12 @@ def _is_list(value: object) -> TypeGuard[list[object]]:
 
 def _are_bytes(values: list[object]) -> TypeGuard[list[bytes]]:
     return all(isinstance(each, bytes) for each in values)
+
+
+def _chain(content: object) -> tuple[x509.Certificate, ...]:
+    if not _is_list(content) or not content or not _are_bytes(content):
+        raise _MalformedError
+    try:
+        return parse_der(content)
+    except CertificateError:
+        raise _MalformedError from None

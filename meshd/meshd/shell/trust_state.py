@@ -42,6 +42,7 @@ class NodeRevoked(Exception):
 @dataclass(slots=True)
 class _Dirty:
     certificate: bool = False
+    authority: bool = False
     keyring: bool = False
     decrees: bool = False
     roster: bool = False
@@ -76,6 +77,7 @@ class TrustState:
         self.ring = ring
         self.certificate_days = certificate_days
         self.heard_of_more: Callable[[NodeId], None] = lambda _peer: None
+        self.changed_role: Callable[[], None] = lambda: None
         self._files = files
         self._log = log
         self._roster = {each.node: each for each in roster}
@@ -143,6 +145,19 @@ class TrustState:
         self.identity = self.identity.with_chain(parse_der(chain))
         self._dirty.certificate = True
 
+    def appoint(self, chain: Sequence[bytes], authority: Sequence[bytes]) -> None:
+        """Be an issuer from now on, and show this chain.
+
+        Raises:
+            CertificateError, IdentityError: it is not one for us; nothing was changed.
+        """
+        as_authority = self.identity.with_authority(parse_der(authority))
+        appointed = as_authority.with_chain(parse_der(chain))
+        if not appointed.is_issuer:
+            raise CertificateError("the certificate does not say that this node is an issuer")
+        self.identity = appointed
+        self._dirty.certificate = self._dirty.authority = True
+
     def changed(self, *, keyring: bool = False, decrees: bool = False) -> None:
         """These have to be written."""
         self._dirty.keyring |= keyring
@@ -157,6 +172,9 @@ class TrustState:
         if dirty.certificate:
             dirty.certificate = False
             await run(partial(files.keep_certificate, self.identity.chain))
+        if dirty.authority:
+            dirty.authority = False
+            await run(partial(files.keep_authority, self.identity.authority))
         if dirty.keyring:
             dirty.keyring = False
             await run(partial(files.keep_keyring, self.ring.held()))
@@ -207,6 +225,19 @@ class TrustState:
     def behind(self, peer: NodeId) -> None:
         """A peer has decrees that are not here; see `Keeper`."""
         self.heard_of_more(peer)
+
+    def appointed(
+        self, proof: PeerProof, chain: Sequence[bytes], authority: Sequence[bytes]
+    ) -> None:
+        """A peer makes this node an issuer; see `Keeper`."""
+        try:
+            self.appoint(chain, authority)
+        except (CertificateError, IdentityError) as error:
+            raise Refused(
+                f"that is no appointment of this node: {error}", code="no_authority"
+            ) from error
+        self._log.warning("node.appointed", by=node_id_short(proof.credential.node))
+        self.changed_role()
 
     def _role_of(self, proof: PeerProof) -> Role:
         """The role that a renewed certificate says. Raises Refused."""
@@ -259,8 +290,15 @@ def load_trust(
 
 
 def _in_force(identity: Identity, files: TrustFiles, log: Logger) -> Identity:
-    """The identity with the certificate that was issued last."""
-    chain = files.certificate()
+    """The identity with the authority and the certificate that were given last."""
+    chain, authority = files.certificate(), files.authority()
+    if authority is not None:
+        try:
+            identity = identity.with_authority(authority)
+        except CertificateError as error:
+            log.warning(
+                "authority.rejected", error=str(error), do="appoint this node again if need be"
+            )
     if chain is None:
         return identity
     try:

@@ -28,6 +28,7 @@ from meshd.shell.trust_state import TrustState
 from meshd.shell.warden_tools import Contact, Retry, Tools, deciding, renewal_s
 from meshd.trust.certificates import (
     CertificateError,
+    Role,
     authorities_of,
     der,
 )
@@ -77,6 +78,7 @@ class Warden:
         self._far_off: frozenset[NodeId] = frozenset()  # whose clocks, too
         self._save_wake, self._ask_wake = trio.Event(), trio.Event()
         state.heard_of_more = self._heard_of_more
+        state.changed_role = self._show
         state.gate.met = state.met
         state.gate.told_off = self._told_off
         state.gate.told_time = self._told_time
@@ -351,6 +353,10 @@ class Warden:
     def _use(self, chain: Sequence[bytes]) -> None:
         """Raises CertificateError, IdentityError; nothing is changed then."""
         self.state.renew(chain)
+        self._show()
+
+    def _show(self) -> None:
+        """Show the certificate that we have now from now on."""
         identity = self.state.identity
         self._is_told_off, self.last_error = False, ""
         self._spread = self._tools.rng.random()
@@ -395,6 +401,21 @@ class Warden:
             Refused: `busy`.
         """
         return await self._decree((), self.state.ring.highest)
+
+    async def appoint(self, node: NodeId, address: Address, public_key: bytes) -> None:
+        """Make a member an issuer, one rank below this node.
+
+        Raises:
+            NotAnIssuer, CertificateError: as `Identity.appoint`; nothing was said to the node.
+            StreamError, Failed: the node could not be told, or did not take it.
+        """
+        state = self.state
+        self._check_issuer()
+        identity, now_s = state.identity, state.gate.now_s()
+        authority = identity.appoint(public_key)
+        chain = identity.issue(public_key, Role.ISSUER, now_s, state.certificate_days)
+        await self._client.appoint(node, address, der(chain), der(authority))
+        self._log.warning("node.appointed", node=node_id_short(node))
 
     async def revoke(self, node: NodeId, reason: str, *, rotate: bool) -> int | None:
         """Shut a node out, and put a new key in force that it does not have; its generation.

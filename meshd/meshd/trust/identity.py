@@ -159,6 +159,16 @@ class Identity:
             server_context=server,
         )
 
+    def with_authority(self, authority: Sequence[x509.Certificate]) -> Identity:
+        """This identity as an authority; it takes the role of an issuer with a certificate that says so.
+
+        Raises:
+            CertificateError: the chain does not lead to our root, or is not for our key; nothing was changed.
+        """
+        if certificates.verify_authorities(authority, self.root) != self.node_id:
+            raise CertificateError("the authority is for another node")
+        return replace(self, authority=tuple(authority))
+
     def _own_authority(self) -> x509.Certificate:
         if not self.is_issuer:
             raise NotAnIssuer(
