@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.integration.support_attackers import Attacker
@@ -34,14 +35,59 @@ from meshd.trust.join_token import JoinToken
 from meshd.trust.keys import raw_public_key
 from meshd_cms.types import MeshId
 
+T = TypeVar("T")
+
 TURNED_AWAY: Final = "turned away"
 """The connection was closed before anything was said, or without an answer."""
+
+
+class Secured:
+    """TLS over a socket that stays its caller's to close.
+
+    `SSLContext.wrap_socket` takes the socket, and loses it when the peer is gone before it begins.
+    """
+
+    def __init__(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+        self._connection = connection
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing)
+        self._done(self._tls.do_handshake)
+
+    def sendall(self, data: bytes) -> None:
+        """Send all of it. Raises OSError."""
+        self._done(lambda: self._tls.write(data))
+
+    def recv(self, count: int) -> bytes:
+        """Some bytes; none: the peer closed. Raises OSError."""
+        try:
+            return self._done(lambda: self._tls.read(count))
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            return b""
+
+    def _done(self, call: Callable[[], T]) -> T:
+        while True:
+            try:
+                result = call()
+            except ssl.SSLWantReadError:
+                self._flush()
+                received = self._connection.recv(65_536)
+                if received:
+                    self._incoming.write(received)
+                else:
+                    self._incoming.write_eof()
+            else:
+                self._flush()
+                return result
+
+    def _flush(self) -> None:
+        if self._outgoing.pending:
+            self._connection.sendall(self._outgoing.read())
 
 
 class Intruder:
     """One session with an inviter."""
 
-    def __init__(self, secured: ssl.SSLSocket) -> None:
+    def __init__(self, secured: Secured) -> None:
         self._secured = secured
 
     def say(self, message: FromJoiner) -> None:
@@ -86,13 +132,13 @@ class Intruder:
 @contextmanager
 def intruding(attacker: Attacker, address: Address) -> Generator[Intruder | None]:
     """A session; None: the inviter had nothing to say."""
-    connection = attacker.dial(address)
-    try:
-        connection.sendall(JOIN_BYTE)
-        with joiner_context().wrap_socket(connection) as secured:
-            yield Intruder(secured)
-    except OSError:
-        yield None
+    with attacker.dial(address) as connection:
+        try:
+            connection.sendall(JOIN_BYTE)
+            intruder = Intruder(Secured(connection, joiner_context()))
+        except OSError:
+            intruder = None
+        yield intruder
 
 
 def proof(
