@@ -30,7 +30,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -56,7 +56,10 @@ SENDERS_MAX: Final = 4096
 """Senders an `Opener` remembers; the least recently heard is forgotten above it."""
 
 _HEADER: Final = struct.Struct(f">B{TAG_BYTES}s16s6s6s")
+_HEADER_BYTES: Final = _HEADER.size
+_FORMATS: Final = (FORMAT_ANYONE, FORMAT_ONE)
 _NUMBER_BYTES: Final = 6  # of the epoch and of the counter
+_NO_NUMBER: Final = bytes(_NUMBER_BYTES)
 _AEAD_TAG_BYTES: Final = 16
 _NONCE_PREFIX: Final = bytes(6)
 _WINDOW_MASK: Final = (1 << WINDOW_BITS) - 1
@@ -111,8 +114,7 @@ class DropReason(StrEnum):
     BAD_SEAL = "bad_seal"  # another key, or meant for another node
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(NamedTuple):
     """An authentic datagram, seen for the first time unless it is of an old epoch."""
 
     sender: NodeId
@@ -230,26 +232,28 @@ class _UnderKey:
         self._senders_max = senders_max
 
     def open(
-        self, datagram: bytes, sender: NodeId, epoch: Epoch, counter: int, now_s: float | None
+        self, datagram: bytes, sender: NodeId, epoch: Epoch, counter: bytes, now_s: float | None
     ) -> Opened | DropReason:
-        known = self.senders.get(sender)
-        if known is not None and epoch < known.epoch:
+        """See `Opener.open`; most of what a quiet node does is this."""
+        senders, number = self.senders, int.from_bytes(counter, "big")
+        known = senders.get(sender)
+        if known is None or epoch > known.epoch:  # remembered only on success
+            aead = _sender_aead(self.key, self._mesh, sender, epoch)
+        elif epoch < known.epoch:
             return self._open_old(datagram, sender, epoch, counter, known.old, now_s)
-        if known is not None and epoch == known.epoch:
-            if not known.is_fresh(counter):
-                return DropReason.REPLAYED
+        elif number <= known.highest and not known.is_fresh(number):
+            return DropReason.REPLAYED
+        else:
             aead = known.aead
-        else:  # first contact, or a new epoch: remembered only on success
-            known, aead = None, _sender_aead(self.key, self._mesh, sender, epoch)
         payload = self._decrypt(aead, counter, datagram)
         if payload is None:
             return DropReason.BAD_SEAL
-        if known is None:
-            known = self.senders[sender] = _Sender(epoch, aead)
-        known.mark(counter)
-        self.senders.move_to_end(sender)
-        if len(self.senders) > self._senders_max:
-            self.senders.popitem(last=False)
+        if known is None or known.aead is not aead:
+            known = senders[sender] = _Sender(epoch, aead)
+            if len(senders) > self._senders_max:
+                senders.popitem(last=False)
+        known.mark(number)
+        senders.move_to_end(sender)
         return Opened(sender, epoch, payload)
 
     def restore(self, floor: Floor) -> None:
@@ -264,7 +268,7 @@ class _UnderKey:
         datagram: bytes,
         sender: NodeId,
         epoch: Epoch,
-        counter: int,
+        counter: bytes,
         allowance: Allowance,
         now_s: float | None,
     ) -> Opened | DropReason:
@@ -278,12 +282,12 @@ class _UnderKey:
         allowance.take(now_s)  # what a stranger made up costs the sender nothing
         return Opened(sender, epoch, payload, is_old_epoch=True)
 
-    def _decrypt(self, aead: ChaCha20Poly1305, counter: int, datagram: bytes) -> bytes | None:
-        nonce = _NONCE_PREFIX + counter.to_bytes(_NUMBER_BYTES, "big")
-        header, sealed = datagram[: _HEADER.size], datagram[_HEADER.size :]
-        bound_to = self._me if header[0] == FORMAT_ONE else b""
+    def _decrypt(self, aead: ChaCha20Poly1305, counter: bytes, datagram: bytes) -> bytes | None:
+        associated = datagram[:_HEADER_BYTES]
+        if associated[0] == FORMAT_ONE:
+            associated += self._me
         try:
-            return aead.decrypt(nonce, sealed, header + bound_to)
+            return aead.decrypt(_NONCE_PREFIX + counter, datagram[_HEADER_BYTES:], associated)
         except InvalidTag:
             return None
 
@@ -336,14 +340,12 @@ class Opener:
             now_s: monotonic; bounds how many of older epochs are opened. None: none of them is.
         """
         outcome = self._open(datagram, now_s)
-        match outcome:
-            case Opened():
-                self._opened += 1
-                self._opened_old += outcome.is_old_epoch
-                return outcome
-            case DropReason():
-                self._drops[outcome] += 1
-                return Dropped(outcome)
+        if isinstance(outcome, Opened):
+            self._opened += 1
+            self._opened_old += outcome.is_old_epoch
+            return outcome
+        self._drops[outcome] += 1
+        return Dropped(outcome)
 
     def key_of(self, sender: NodeId) -> bytes | None:
         """The mesh key under which a node's latest datagram was sealed; None when none was opened."""
@@ -375,23 +377,22 @@ class Opener:
         }
 
     def _open(self, datagram: bytes, now_s: float | None) -> Opened | DropReason:
-        if len(datagram) < OVERHEAD_BYTES:
+        size = len(datagram)
+        if size < OVERHEAD_BYTES:
             return DropReason.TOO_SHORT
-        if len(datagram) > DATAGRAM_BYTES_MAX:
+        if size > DATAGRAM_BYTES_MAX:
             return DropReason.TOO_LONG
-        form, tag, sender_bytes, epoch_bytes, counter_bytes = _HEADER.unpack_from(datagram)
-        epoch_number = int.from_bytes(epoch_bytes, "big")
-        counter = int.from_bytes(counter_bytes, "big")
-        if form not in (FORMAT_ANYONE, FORMAT_ONE) or epoch_number == 0 or counter == 0:
+        form, tag, sender, epoch_bytes, counter = _HEADER.unpack_from(datagram)
+        epoch = Epoch(int.from_bytes(epoch_bytes, "big"))
+        if form not in _FORMATS or epoch == 0 or counter == _NO_NUMBER:
             return DropReason.WRONG_FORMAT
         if tag != self._tag:
             return DropReason.OTHER_MESH
-        sender, epoch = NodeId(sender_bytes), Epoch(epoch_number)
         if sender == self._me:
             return DropReason.OWN
         last = self._last.get(sender)
         reason = DropReason.BAD_SEAL
-        for under in self._in_order(last):
+        for under in self._keys if len(self._keys) == 1 else self._in_order(last):
             outcome = under.open(datagram, sender, epoch, counter, now_s)
             if isinstance(outcome, Opened):
                 if under is not last and not outcome.is_old_epoch:
