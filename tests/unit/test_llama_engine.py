@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshd_plugins.builtin.llama.engine import (
+from meshd_plugins.builtin.llama.engine.scheduler import (
     BackendRefused,
     Broken,
     Engine,

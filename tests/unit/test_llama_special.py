@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshd_plugins.builtin.llama.special import CUT, MessageCutter, pieces
-from meshd_plugins.builtin.llama.template import ChatTemplate
+from meshd_plugins.builtin.llama.prompt.special import CUT, MessageCutter, pieces
+from meshd_plugins.builtin.llama.prompt.template import ChatTemplate
 
 TOKENS = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "<<x>>", "\n\nHuman:")
 CHATML = (

@@ -1,7 +1,7 @@
 import pytest
 
-from meshd_plugins.builtin.llama import template as template_module
-from meshd_plugins.builtin.llama.template import ChatTemplate, TemplateError
+from meshd_plugins.builtin.llama.prompt import template as template_module
+from meshd_plugins.builtin.llama.prompt.template import ChatTemplate, TemplateError
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m.content | trim }}\n{% endfor %}"

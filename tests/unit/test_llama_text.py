@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshd_plugins.builtin.llama.text import Piece, TextAssembler
+from meshd_plugins.builtin.llama.engine.text import Piece, TextAssembler
 
 
 def assemble(parts: list[bytes], stops: tuple[str, ...]) -> tuple[list[Piece], TextAssembler]:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from meshd_plugins.builtin.llama.digest import Mark
+from meshd_plugins.builtin.llama.models.digest import Mark
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,8 @@ from meshd_plugins.api import (
 from meshd_plugins.builtin.llama.arguments import Arguments
 from meshd_plugins.builtin.llama.capability import LlamaCapability
 from meshd_plugins.builtin.llama.config import ModelConfig, locate_model
-from meshd_plugins.builtin.llama.digest import ModelFile, ModelRefused, open_verified
-from meshd_plugins.builtin.llama.facts import compatibility_key, facts_from_wire
+from meshd_plugins.builtin.llama.models.digest import ModelFile, ModelRefused, open_verified
+from meshd_plugins.builtin.llama.models.facts import compatibility_key, facts_from_wire
 
 BACKOFF_FIRST_S: Final = 1.0
 BACKOFF_MAX_S: Final = 60.0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from meshd_plugins.api import ModelFacts, Value
-from meshd_plugins.builtin.llama.gguf import Gguf
+from meshd_plugins.builtin.llama.models.gguf import Gguf
 
 TEXT_LENGTH_MAX: Final = 80  # of what is announced of a file's own words
 NUMBER_MAX: Final = 2**62

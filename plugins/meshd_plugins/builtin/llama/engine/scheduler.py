@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
+from meshd_plugins.builtin.llama.engine.text import Piece, TextAssembler
 from meshd_plugins.builtin.llama.sampling import Sampling
-from meshd_plugins.builtin.llama.text import Piece, TextAssembler
 
 SamplerT = TypeVar("SamplerT")
 

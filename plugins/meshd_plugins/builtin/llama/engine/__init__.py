@@ -1,0 +1,1 @@
+"""The scheduler of sequences: pure, no clock, no I/O; the model is behind `Backend`."""

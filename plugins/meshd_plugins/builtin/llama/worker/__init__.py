@@ -1,0 +1,1 @@
+"""The process that holds one language model: `python -m meshd_plugins.builtin.llama.worker`."""

@@ -1,0 +1,76 @@
+"""How fast a model is on this device: timed once, when its worker starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from meshd_plugins.builtin.llama.engine.scheduler import Row
+from meshd_plugins.builtin.llama.sampling import Sampling
+from meshd_plugins.builtin.llama.worker.backend import LlamaBackend
+
+CHUNK_S: Final = 0.4  # how long a prefill chunk may hold up the sequences that generate
+CHUNK_TOKENS_MIN: Final = 16
+CHUNK_TOKENS_MAX: Final = 128
+MEASURE_PREFILL_TOKENS: Final = 64
+MEASURE_DECODE_TOKENS: Final = 24
+MEASURE_S: Final = 0.3  # the decode measurement ends here at the latest
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Rates of this model on this device."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    by_batch: Mapping[int, float]
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens that take about `CHUNK_S`."""
+        return max(
+            CHUNK_TOKENS_MIN, min(CHUNK_TOKENS_MAX, int(self.prefill_tokens_per_s * CHUNK_S))
+        )
+
+
+def measure(backend: LlamaBackend, slots: int) -> Measured:
+    """Warm up (the first batch reads the model from disk) and time short runs."""
+    greedy = Sampling(seed=0, temperature=0.0, repeat_penalty=1.0)
+    started_s = time.monotonic()
+    backend.decode([Row(position, position, 0, output=position == 7) for position in range(8)])
+    slow = time.monotonic() - started_s > 1.0
+    tokens = 8 if slow else MEASURE_PREFILL_TOKENS
+    for slot in range(slots):
+        backend.forget(slot)
+    started_s = time.monotonic()
+    backend.decode([Row(100 + n, n, 0, output=n == tokens - 1) for n in range(tokens)])
+    sampler = backend.new_sampler(greedy)
+    token = backend.sample(sampler, tokens - 1)  # waits for the result
+    prefill = tokens / (time.monotonic() - started_s)
+    by_batch = {1: _decode_rate(backend, sampler, token, tokens, (0,))}
+    if slots > 1:
+        for slot in range(1, slots):
+            backend.decode([Row(100 + n, n, slot, output=n == 7) for n in range(8)])
+        backend.forget(0)
+        backend.decode([Row(100 + n, n, 0, output=n == 7) for n in range(8)])
+        by_batch[slots] = _decode_rate(backend, sampler, token, 8, tuple(range(slots)))
+    backend.free_sampler(sampler)
+    for slot in range(slots):
+        backend.forget(slot)
+    return Measured(prefill, by_batch[1], by_batch)
+
+
+def _decode_rate(
+    backend: LlamaBackend, sampler: Any, token: int, position: int, slots: tuple[int, ...]
+) -> float:
+    """Tokens a second over all slots, generating from there on."""
+    started_s = time.monotonic()
+    steps = 0
+    while steps < MEASURE_DECODE_TOKENS and (steps < 2 or time.monotonic() - started_s < MEASURE_S):
+        backend.decode([Row(token, position + steps, slot, output=True) for slot in slots])
+        for row in range(len(slots)):
+            token = backend.sample(sampler, row)
+        steps += 1
+    return steps * len(slots) / (time.monotonic() - started_s)
