@@ -226,8 +226,57 @@ def test_unsupported_parameters_are_named(tmp_path: Path) -> None:
             client.chat.completions.create(
                 model="auto",
                 messages=MESSAGES,
-                tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
+                n=2,
             )
-        assert (caught.value.param, caught.value.code) == ("tools", "unsupported_parameter")
+        assert (caught.value.param, caught.value.code) == ("n", "unsupported_parameter")
 
     with_client(tmp_path, FakeMesh(), use)
+
+
+THINKER = "knowledge.gpt/thinker"
+HM = {"token": "Hm", "logprob": -0.5, "bytes": [72, 109]}
+BYTE = {"token": "\ufffd", "logprob": -1.5, "bytes": [255]}
+CALLS = [
+    {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}},
+    {"id": "call_2", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+]
+
+
+def test_thoughts_calls_and_probabilities_have_openais_shape(tmp_path: Path) -> None:
+    def use(client: OpenAI) -> dict[str, Any]:
+        answer = client.chat.completions.create(model=THINKER, messages=MESSAGES, logprobs=True)
+        return answer.model_dump(exclude_none=True)
+
+    answer = with_client(tmp_path, FakeMesh(), use)
+    [choice] = answer["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    message = choice["message"]
+    assert (message["content"], message["reasoning_content"]) == ("Let me see.", "Hm, a tool.")
+    assert message["tool_calls"] == CALLS
+    assert choice["logprobs"]["content"] == [{**HM, "top_logprobs": [HM, BYTE]}]
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 2}
+
+
+def test_a_stream_tells_a_call_in_parts(tmp_path: Path) -> None:
+    def use(client: OpenAI) -> list[Any]:
+        chunks = client.chat.completions.create(model=THINKER, messages=MESSAGES, stream=True)
+        return [chunk.choices[0].model_dump(exclude_none=True) for chunk in chunks]
+
+    choices = with_client(tmp_path, FakeMesh(), use)
+    deltas = [choice["delta"] for choice in choices]
+    assert deltas[0] == {"role": "assistant", "reasoning_content": "Hm, "}
+    assert deltas[1] == {"reasoning_content": "a tool."}
+    call = {"index": 0, "id": "call_1", "type": "function"}
+    function = {"name": "f", "arguments": ""}
+    assert deltas[2] == {"content": "Let me see.", "tool_calls": [{**call, "function": function}]}
+    assert deltas[3] == {"tool_calls": [{"index": 0, "function": {"arguments": '{"a"'}}]}
+    assert choices[-1] == {"index": 0, "delta": {}, "finish_reason": "tool_calls"}
+
+
+def test_probabilities_of_a_completion(tmp_path: Path) -> None:
+    def use(client: OpenAI) -> Any:
+        return client.completions.create(model=THINKER, prompt="x", logprobs=2).choices[0].logprobs
+
+    told = with_client(tmp_path, FakeMesh(), use)
+    assert (told.tokens, told.token_logprobs, told.text_offset) == (["Hm"], [-0.5], [0])
+    assert told.top_logprobs == [{"Hm": -0.5, "\ufffd": -1.5}]

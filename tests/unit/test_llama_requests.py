@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from meshd_plugins.api import BadRequest, Operation, PluginConfigError, Value
-from meshd_plugins.builtin.llama.capability import worker_message
 from meshd_plugins.builtin.llama.config import locate_model, read_config
-from meshd_plugins.builtin.llama.plugin import CRASHES_MAX, RestartPolicy
+from meshd_plugins.builtin.llama.requests import worker_message
+from meshd_plugins.builtin.llama.restarts import CRASHES_MAX, RestartPolicy
 from meshd_plugins.builtin.llama.sampling import SEEDS, Sampling, read_sampling
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -63,9 +63,11 @@ def test_everything_given_is_taken_and_survives_the_wire() -> None:
         ("logit_bias", {"1": 101}),
         ("logit_bias", [1]),
         ("n", 2),
-        ("tools", [{"type": "function"}]),
-        ("response_format", {"type": "json_object"}),
-        ("logprobs", True),
+        ("functions", [{"name": "f"}]),
+        ("echo", True),
+        ("logprobs", "yes"),
+        ("logprobs", 21),
+        ("top_logprobs", 3),
     ],
 )
 def test_a_bad_parameter_is_named(name: str, value: Value) -> None:
@@ -99,6 +101,19 @@ def test_text_parts_are_joined_and_developer_means_system() -> None:
     assert message["messages"] == [{"role": "system", "content": "ab"}]
 
 
+def test_probabilities_are_asked_for_in_two_ways() -> None:
+    assert read_sampling({"logprobs": True}, 7).logprobs == 0
+    assert read_sampling({"logprobs": True, "top_logprobs": 5}, 7).logprobs == 5
+    assert read_sampling({"logprobs": 3}, 7).logprobs == 3
+    assert read_sampling({"logprobs": False, "top_logprobs": 0}, 7).logprobs is None
+
+
+def test_repetition_is_not_punished_where_a_form_is_asked_for() -> None:
+    assert read_sampling({}, 7).penalises
+    assert not read_sampling({}, 7, structured=True).penalises
+    assert read_sampling({"repeat_penalty": 1.2}, 7, structured=True).repeat_penalty == 1.2
+
+
 def test_a_completion_needs_a_prompt() -> None:
     with pytest.raises(BadRequest, match="prompt"):
         worker_message(Operation.COMPLETE, {"prompt": ""})
@@ -110,7 +125,7 @@ def model(**changes: Value) -> dict[str, Value]:
 
 def test_a_model_needs_little() -> None:
     [config] = read_config(model())
-    assert (config.path, config.names, config.slots) == ("/x.gguf", ("knowledge.gpt/general",), 1)
+    assert (config.path, config.names, config.slots) == ("/x.gguf", ("knowledge.gpt/general",), 0)
     assert read_config({}) == ()
 
 
@@ -126,11 +141,16 @@ def test_a_model_needs_little() -> None:
         (model(names="knowledge.gpt/x"), "give a list"),
         (model(names=[]), "give a list"),
         (model(names=["a", "a"]), "twice"),
-        (model(slots=0), "slots is 0"),
+        (model(slots=-1), "slots is -1"),
         (model(context=True), "context is True"),
         (model(threads="all"), "threads is 'all'"),
         (model(privacy="cloud"), "local, lan, mesh"),
         (model(family=1), "family"),
+        (model(keep="always"), "keep is 'always': one of loaded, demand"),
+        (model(flash_attention=True), "one of auto, on, off"),
+        (model(lora="/a.gguf"), "must be a list of at most"),
+        (model(lora=[{"path": "/a", "scal": 1}]), r"lora\[0\] has the unknown key 'scal'"),
+        (model(lora=[{"path": "/a", "scale": "x"}]), "a number from -100 to 100"),
     ],
 )
 def test_a_bad_configuration_names_the_key(table: Mapping[str, Value], words: str) -> None:

@@ -13,7 +13,7 @@ from meshd.orchestrate.wire import (
     done_to_value,
 )
 from meshd_cms.packing import pack, unpack
-from meshd_plugins.api import Chunk, Done, Failed, Usage, Value
+from meshd_plugins.api import Chunk, Done, Failed, TokenLogprob, ToolCallDelta, Usage, Value
 
 counts = st.integers(0, 2**63 - 1)
 words = st.text(max_size=20)
@@ -27,6 +27,8 @@ plain = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
     max_leaves=16,
 )
+logprob = st.floats(-100, 0)
+likely = st.builds(TokenLogprob, counts, logprob, st.binary(max_size=8))
 chunks = st.builds(
     Chunk,
     text=words,
@@ -35,15 +37,29 @@ chunks = st.builds(
     seed=st.none() | counts,
     data=st.binary(max_size=20),
     content_type=words,
+    reasoning=words,
+    tool_calls=st.lists(
+        st.builds(ToolCallDelta, st.integers(0, 127), words, words, words), max_size=3
+    ).map(tuple),
+    logprobs=st.lists(
+        st.builds(
+            TokenLogprob,
+            counts,
+            logprob,
+            st.binary(max_size=8),
+            st.lists(likely, max_size=3).map(tuple),
+        ),
+        max_size=3,
+    ).map(tuple),
 )
 dones = st.builds(
     Done,
-    finish_reason=st.sampled_from(("stop", "length")),
-    usage=st.builds(Usage, counts, counts),
+    finish_reason=st.sampled_from(("stop", "length", "tool_calls")),
+    usage=st.builds(Usage, counts, counts, counts),
     detail=st.dictionaries(words, plain, max_size=4),
 )
 # Maps with the keys of the wire and any values: near misses.
-near = st.dictionaries(st.sampled_from("tkpsdcruvx"), plain, max_size=6)
+near = st.dictionaries(st.sampled_from("tkpsdcruvxhflw"), plain, max_size=6)
 
 
 def carried(value: Value) -> Value:
@@ -111,3 +127,27 @@ def test_no_chunk(value: Value) -> None:
 def test_no_end(value: Value) -> None:
     with pytest.raises(Failed):
         done_from_value(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"f": [[0, "a", "b"]]},
+        {"f": [[128, "a", "b", "{}"]]},
+        {"f": [[-1, "a", "b", "{}"]]},
+        {"f": [[0, "a", 5, "{}"]]},
+        {"f": [[0, "", "", ""]] * 129},
+        {"l": [[1, 0.5, b"a", []]]},
+        {"l": [[1, float("nan"), b"a", []]]},
+        {"l": [[1, -1.0, "a", []]]},
+        {"l": [[1, -1.0, b"a" * 1025, []]]},
+        {"l": [[1, -1.0, b"a", [[1, -1.0, b"a"]] * 21]]},
+        {"l": [[1, -1.0, b"a", [[1, -1.0]]]]},
+        {"l": [[1, -1.0, b"a", []]] * 4097},
+        {"h": 5},
+    ],
+)
+def test_calls_and_probabilities_that_are_none_are_the_peers_fault(value: Value) -> None:
+    with pytest.raises(Failed) as caught:
+        chunk_from_value(value)
+    assert caught.value.code == "peer_fault"

@@ -126,6 +126,8 @@ class _Show:
         self._content_type = ""
         self._mid_line = False
         self._many = False
+        self._thinking = False  # a thought stands unfinished on standard error
+        self._calls = 0
 
     def event(self, event: Mapping[str, Value]) -> None:
         """Show one event."""
@@ -204,9 +206,43 @@ class _Show:
         encoded = event.get("data_base64")
         if isinstance(encoded, str):
             self._data(base64.b64decode(encoded), str(event.get("content_type") or ""))
+        thought = event.get("reasoning")
+        if isinstance(thought, str) and thought:
+            self._think(thought)
         text = event.get("text")
         if isinstance(text, str) and text:
+            if self._thinking:
+                self._end_thought()
             self._write(text)
+        calls = event.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            if isinstance(call, Mapping):
+                self._call(call)
+
+    def _think(self, text: str) -> None:
+        """What a model thinks is not its answer: it goes where who does what goes."""
+        if not self._told:
+            return
+        if not self._thinking:
+            self._end_line()
+            self._thinking = True
+        click.secho(harmless_text(text), nl=False, err=True, dim=True)
+
+    def _end_thought(self) -> None:
+        self._thinking = False
+        click.echo(err=True)
+
+    def _call(self, call: Mapping[str, Value]) -> None:
+        """A call of a tool is written as `name {arguments}`, a line each."""
+        name = call.get("name")
+        if isinstance(name, str) and name:
+            if self._thinking:
+                self._end_thought()
+            self._write(f"{chr(10) if self._mid_line or self._calls else ''}{name} ")
+            self._calls += 1
+        arguments = call.get("arguments")
+        if isinstance(arguments, str):
+            self._write(arguments)
 
     def _data(self, data: bytes, content_type: str) -> None:
         self._content_type = self._content_type or content_type
@@ -255,6 +291,8 @@ class _Show:
             click.secho(line, err=True, dim=True)
 
     def _end_line(self) -> None:
+        if self._thinking:
+            self._end_thought()
         if self._mid_line:
             click.echo()
             self._mid_line = False

@@ -17,6 +17,7 @@ from meshd.edge.asking import EventStream, Progress, asking, extension_of, until
 from meshd.edge.context import context_of, log_unexpected
 from meshd.edge.errors import ClientGone, problem_of
 from meshd.edge.http import from_json, read_body, send_json, to_json
+from meshd.edge.openai_answer import Choice, Part
 from meshd.edge.openai_request import Parsed, parse_chat, parse_completion
 from meshd.edge.targets import Models
 from meshd.orchestrate.events import Answered, Ask, AskEvent
@@ -40,28 +41,6 @@ class Dialect:
     id_prefix: str
     object_whole: str
     object_chunk: str
-
-    def whole(self, text: str, finish_reason: str) -> dict[str, Value]:
-        """The one choice of a complete answer."""
-        if self.operation is Operation.COMPLETE:
-            return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-        message: dict[str, Value] = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-
-    def delta(self, text: str, *, first: bool) -> dict[str, Value]:
-        """The one choice of a chunk with text."""
-        if self.operation is Operation.COMPLETE:
-            return {"index": 0, "text": text, "logprobs": None, "finish_reason": None}
-        delta: dict[str, Value] = {"content": text}
-        if first:
-            delta = {"role": "assistant", "content": text}
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def end(self, finish_reason: str) -> dict[str, Value]:
-        """The one choice of the chunk that ends a complete answer."""
-        if self.operation is Operation.COMPLETE:
-            return {"index": 0, "text": "", "logprobs": None, "finish_reason": finish_reason}
-        return {"index": 0, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
 
 
 CHAT: Final = Dialect(
@@ -135,18 +114,18 @@ class _Answer:
 
     async def whole(self, service: MeshService, receive: Receive, send: Send) -> None:
         """Collect the answer and send it in one body."""
-        texts: list[str] = []
+        choice = Choice(self._dialect.operation)
         progress = self._progress
 
         async def take(event: AskEvent) -> None:
-            texts.append(progress.note(event))
+            choice.add(Part.of(event, progress.note(event)))
 
         grace_s = self._limits.deadline_grace_s
         await until_gone(receive, partial(asking, service, self._ask, grace_s, take))
         answered = progress.complete()
         body = {
             **self._head(self._dialect.object_whole),
-            "choices": [self._dialect.whole("".join(texts), answered.finish_reason)],
+            "choices": [choice.whole(answered.finish_reason)],
             "usage": usage_of(answered.usage),
             "meshd": extension_of(self._ask.request_id, answered),
         }
@@ -161,21 +140,18 @@ class _Answer:
         )
         stream.headers.extend(self._context.headers)
         before, after = self._frame()
-        first = True
+        choice = Choice(self._dialect.operation)
 
         async def take(event: AskEvent) -> None:
-            nonlocal first
-            text = progress.note(event)
-            if text:
-                if first and not stream.started:
+            part = Part.of(event, progress.note(event))
+            if part:
+                if not choice.begun and not stream.started:
                     stream.headers.append(progress.served_by_header())
-                choice = to_json(self._dialect.delta(text, first=first))
-                first = False
-                await stream.write(before + choice + after)
+                await stream.write(before + to_json(choice.delta(part)) + after)
 
         async def relay() -> None:
             await asking(service, self._ask, self._limits.deadline_grace_s, take)
-            await self._end(stream, progress.complete(), first=first)
+            await self._end(stream, progress.complete(), choice)
 
         try:
             await stream.run(relay)
@@ -187,13 +163,13 @@ class _Answer:
             log_unexpected(self._context, self._scope, error)
             await stream.fail(b"data: " + to_json(problem_of(error).body()) + b"\n\n")
 
-    async def _end(self, stream: EventStream, answered: Answered, *, first: bool) -> None:
+    async def _end(self, stream: EventStream, answered: Answered, choice: Choice) -> None:
         head = self._head(self._dialect.object_chunk)
         if not stream.started:
             stream.headers.append(self._progress.served_by_header())
-        chunks = [{**head, "choices": [self._dialect.end(answered.finish_reason)]}]
-        if first:
-            chunks.insert(0, {**head, "choices": [self._dialect.delta("", first=True)]})
+        chunks = [{**head, "choices": [choice.end(answered.finish_reason)]}]
+        if not choice.begun:
+            chunks.insert(0, {**head, "choices": [choice.delta(Part())]})
         chunks[-1]["meshd"] = extension_of(self._ask.request_id, answered)
         if self._parsed.include_usage:
             for chunk in chunks:

@@ -3,9 +3,9 @@
 What is done with a parameter:
 
 - understood: checked, and passed on under OpenAI's own name;
-- known, not supported yet (tools, response_format, logprobs, ...): refused with a 400 that names it,
-  unless its value asks for nothing (`tools: []`, `n: 1`), because an answer that silently lacks what
-  was asked for is worse than none;
+- known and not supported (`n` above 1, `echo`, `suffix`, `audio`, ...): refused with a 400 that names it,
+  unless its value asks for nothing (`n: 1`, `echo: false`), because an answer that silently lacks what was
+  asked for is worse than none;
 - unknown, or without effect on the answer (user, store, metadata, ...): ignored, as OpenAI-compatible
   servers do, so that clients which send more than we know keep working.
 """
@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from meshd.edge.errors import RequestError
+from meshd.edge.fields import boolean, missing, number, unsupported, utf8
+from meshd.edge.openai_messages import messages_of
+from meshd.edge.openai_structure import structure_of_chat, structure_of_completion
 from meshd_plugins.api import Privacy, Value
 
 _STOP_MAX: Final = 16
-_MESSAGES_MAX: Final = 4096
 _DEADLINE_MAX_S: Final = 86_400.0  # what is above the node's own bound is cut to it
-_EXTENSION: Final = ("deadline_s", "privacy", "split")
+_EXTENSION: Final = ("deadline_s", "privacy", "split", "grammar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,9 @@ def parse_chat(payload: Mapping[str, Value]) -> Parsed:
     """
     _refuse_unsupported(payload, _CHAT_UNSUPPORTED)
     messages = messages_of(payload.get("messages"))
-    return _parsed(payload, {"messages": messages, **sampling(payload)})
+    return _parsed(
+        payload, {"messages": messages, **sampling(payload), **structure_of_chat(payload)}
+    )
 
 
 def parse_completion(payload: Mapping[str, Value]) -> Parsed:
@@ -60,8 +64,9 @@ def parse_completion(payload: Mapping[str, Value]) -> Parsed:
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
     if not isinstance(prompt, str):
-        raise RequestError("`prompt` must be one string", param="prompt", code=_missing(prompt))
-    return _parsed(payload, {"prompt": _utf8(prompt, "prompt"), **sampling(payload)})
+        raise RequestError("`prompt` must be one string", param="prompt", code=missing(prompt))
+    body = {"prompt": utf8(prompt, "prompt"), **sampling(payload)}
+    return _parsed(payload, {**body, **structure_of_completion(payload)})
 
 
 def _parsed(payload: Mapping[str, Value], body: dict[str, Value]) -> Parsed:
@@ -70,9 +75,9 @@ def _parsed(payload: Mapping[str, Value], body: dict[str, Value]) -> Parsed:
         raise RequestError(
             "`model` must be a name such as 'auto' or 'knowledge.gpt/general', or a model's name",
             param="model",
-            code=_missing(model),
+            code=missing(model),
         )
-    stream = _boolean(payload, "stream", default=False)
+    stream = boolean(payload, "stream", default=False)
     options = payload.get("stream_options")
     include_usage = False
     if options is not None:
@@ -82,7 +87,7 @@ def _parsed(payload: Mapping[str, Value], body: dict[str, Value]) -> Parsed:
             raise RequestError(
                 "`stream_options` is allowed only with `stream: true`", param="stream_options"
             )
-        include_usage = _boolean(options, "include_usage", default=False, within="stream_options.")
+        include_usage = boolean(options, "include_usage", default=False, within="stream_options.")
     extension = payload.get("meshd")
     if extension is None:
         extension = dict[str, Value]()
@@ -96,19 +101,19 @@ def _parsed(payload: Mapping[str, Value], body: dict[str, Value]) -> Parsed:
                 code="unsupported_parameter",
             )
     return Parsed(
-        model=_utf8(model, "model"),
+        model=utf8(model, "model"),
         body=body,
         stream=stream,
         include_usage=include_usage,
         deadline_s=deadline(extension, within="meshd."),
         privacy=privacy(extension, within="meshd."),
-        split=_boolean(extension, "split", default=True, within="meshd."),
+        split=boolean(extension, "split", default=True, within="meshd."),
     )
 
 
 def deadline(payload: Mapping[str, Value], within: str = "") -> float | None:
     """`deadline_s` of a request, None when it names none."""
-    return _number(payload, "deadline_s", 0.001, _DEADLINE_MAX_S, within)
+    return number(payload, "deadline_s", 0.001, _DEADLINE_MAX_S, within)
 
 
 def privacy(payload: Mapping[str, Value], within: str = "") -> Privacy | None:
@@ -130,9 +135,9 @@ def sampling(payload: Mapping[str, Value]) -> dict[str, Value]:
     """
     found: dict[str, Value] = {}
     for name, low, high in _NUMBERS:
-        number = _number(payload, name, low, high)
-        if number is not None:
-            found[name] = number
+        given = number(payload, name, low, high)
+        if given is not None:
+            found[name] = given
     for name, lowest in _INTEGERS:
         value = payload.get(name)
         if value is None:
@@ -149,7 +154,7 @@ def sampling(payload: Mapping[str, Value]) -> dict[str, Value]:
             )
         if not all(isinstance(text, str) and text for text in stops):
             raise RequestError("`stop` must hold strings that are not empty", param="stop")
-        found["stop"] = [_utf8(str(text), "stop") for text in stops]
+        found["stop"] = [utf8(str(text), "stop") for text in stops]
     return found
 
 
@@ -169,108 +174,6 @@ _INTEGERS: Final = (
 )
 
 
-def _missing(value: Value) -> str:
-    return "missing_required_parameter" if value is None else "invalid_type"
-
-
-def _utf8(text: str, param: str) -> str:
-    """The text, if UTF-8 can carry it: JSON can smuggle in half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"`{param}` holds half a surrogate pair at character {error.start}", param=param
-        ) from error
-    return text
-
-
-def _number(
-    payload: Mapping[str, Value], name: str, low: float, high: float, within: str = ""
-) -> float | None:
-    value = payload.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise RequestError(
-            f"`{within}{name}` must be a number from {low:g} to {high:g}", param=f"{within}{name}"
-        )
-    return float(value)
-
-
-def _boolean(payload: Mapping[str, Value], name: str, *, default: bool, within: str = "") -> bool:
-    value = payload.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise RequestError(f"`{within}{name}` must be true or false", param=f"{within}{name}")
-    return value
-
-
-def messages_of(value: Value) -> list[dict[str, str]]:
-    """The messages of a chat, as roles and texts.
-
-    Raises:
-        RequestError: 400, with `param` naming the message and the field.
-    """
-    if not isinstance(value, list) or not value:
-        raise RequestError(
-            "`messages` must be a list of at least one message",
-            param="messages",
-            code=_missing(value),
-        )
-    if len(value) > _MESSAGES_MAX:
-        raise RequestError(f"`messages` holds more than {_MESSAGES_MAX}", param="messages")
-    return [_message(item, f"messages[{i}]") for i, item in enumerate(value)]
-
-
-def _message(value: Value, param: str) -> dict[str, str]:
-    if not isinstance(value, Mapping):
-        raise RequestError(f"`{param}` must be an object", param=param, code="invalid_type")
-    role = value.get("role")
-    if role == "developer":  # OpenAI's newer word for it; chat templates know only the older
-        role = "system"
-    if role not in ("system", "user", "assistant"):
-        if role in ("tool", "function"):
-            raise _unsupported(f"{param}.role", "tool results are not supported yet")
-        raise RequestError(
-            f"`{param}.role` must be system, developer, user or assistant",
-            param=f"{param}.role",
-            code=_missing(role),
-        )
-    if value.get("tool_calls") or value.get("function_call"):
-        raise _unsupported(f"{param}.tool_calls", "tool calls are not supported yet")
-    return {"role": str(role), "content": _content(value.get("content"), f"{param}.content")}
-
-
-def _content(value: Value, param: str) -> str:
-    if isinstance(value, str):
-        return _utf8(value, param)
-    if not isinstance(value, list):
-        raise RequestError(
-            f"`{param}` must be a string, or a list of text parts",
-            param=param,
-            code=_missing(value),
-        )
-    texts: list[str] = []
-    for i, part in enumerate(value):
-        where = f"{param}[{i}]"
-        if not isinstance(part, Mapping):
-            raise RequestError(f"`{where}` must be an object", param=where, code="invalid_type")
-        if part.get("type") != "text":
-            raise _unsupported(where, "only parts of type 'text' are supported yet")
-        text = part.get("text")
-        if not isinstance(text, str):
-            raise RequestError(
-                f"`{where}.text` must be a string", param=f"{where}.text", code=_missing(text)
-            )
-        texts.append(_utf8(text, f"{where}.text"))
-    return "".join(texts)
-
-
-def _unsupported(param: str, why: str) -> RequestError:
-    return RequestError(f"`{param}`: {why}", param=param, code="unsupported_parameter")
-
-
 def _empty(value: Value) -> bool:
     return value in ([], {}, False, 0, "")
 
@@ -288,22 +191,14 @@ _CHAT_UNSUPPORTED: Final[Mapping[str, _Neutral]] = {
     "audio": _empty,
     "function_call": lambda value: value in ("none", "auto"),
     "functions": _empty,
-    "logit_bias": _empty,
-    "logprobs": _empty,
     "modalities": lambda value: value == ["text"],
     "n": _one,
     "prediction": _empty,
-    "response_format": lambda value: isinstance(value, Mapping) and value.get("type") == "text",
-    "tool_choice": lambda value: value in ("none", "auto"),
-    "tools": _empty,
-    "top_logprobs": _empty,
     "web_search_options": _never,
 }
 _COMPLETION_UNSUPPORTED: Final[Mapping[str, _Neutral]] = {
     "best_of": _one,
     "echo": _empty,
-    "logit_bias": _empty,
-    "logprobs": _never,
     "n": _one,
     "suffix": _empty,
 }
@@ -313,4 +208,4 @@ def _refuse_unsupported(payload: Mapping[str, Value], table: Mapping[str, _Neutr
     for name, is_neutral in table.items():
         value = payload.get(name)
         if value is not None and not is_neutral(value):
-            raise _unsupported(name, "this parameter is not supported yet")
+            raise unsupported(name, "this parameter is not supported yet")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from meshd_plugins.api import Operation, Privacy, Usage, Value
+from meshd_plugins.api import Operation, Privacy, TokenLogprob, ToolCallDelta, Usage, Value
 
 ANSWER = "answer"
 
@@ -78,6 +78,9 @@ class Piece:
     seed: int | None = None
     data: bytes = b""
     content_type: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,22 @@ later is not read.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import isfinite
+from typing import Final
+
 from meshd.orchestrate.decoding import Malformed, count, mapping, sequence, text, typed
-from meshd_plugins.api import Chunk, Done, Failed, Usage, Value
+from meshd_plugins.api import Chunk, Done, Failed, TokenLogprob, ToolCallDelta, Usage, Value
+
+TOOL_CALLS_MAX: Final = 128  # of one answer
+LOGPROBS_MAX: Final = 4_096  # of one chunk
+LIKELIEST_MAX: Final = 20  # beside each
+TOKEN_BYTES_MAX: Final = 1_024
 
 _TEXT, _TOKENS, _POSITION, _SEED, _DATA, _TYPE = "t", "k", "p", "s", "d", "c"
-_REASON, _PROMPT, _COMPLETION, _DETAIL = "r", "u", "v", "x"
+_REASONING, _TOOL_CALLS, _LOGPROBS = "h", "f", "l"
+_REASON, _PROMPT, _COMPLETION, _DETAIL, _THOUGHT = "r", "u", "v", "x", "w"
 
 
 def chunk_to_value(chunk: Chunk) -> dict[str, Value]:
@@ -29,6 +40,15 @@ def chunk_to_value(chunk: Chunk) -> dict[str, Value]:
         value[_DATA] = chunk.data
     if chunk.content_type:
         value[_TYPE] = chunk.content_type
+    if chunk.reasoning:
+        value[_REASONING] = chunk.reasoning
+    if chunk.tool_calls:
+        value[_TOOL_CALLS] = [[c.index, c.id, c.name, c.arguments] for c in chunk.tool_calls]
+    if chunk.logprobs:
+        value[_LOGPROBS] = [
+            [each.token, each.logprob, each.data, [[t.token, t.logprob, t.data] for t in each.top]]
+            for each in chunk.logprobs
+        ]
     return value
 
 
@@ -39,6 +59,8 @@ def done_to_value(done: Done) -> dict[str, Value]:
         value[_PROMPT] = done.usage.prompt_tokens
     if done.usage.completion_tokens:
         value[_COMPLETION] = done.usage.completion_tokens
+    if done.usage.reasoning_tokens:
+        value[_THOUGHT] = done.usage.reasoning_tokens
     if done.detail:
         value[_DETAIL] = done.detail
     return value
@@ -62,6 +84,13 @@ def chunk_from_value(value: Value) -> Chunk:
             seed=None if seed is None else count(seed, "seed"),
             data=typed(table.get(_DATA, b""), bytes, "data"),
             content_type=text(table.get(_TYPE, ""), "content type"),
+            reasoning=text(table.get(_REASONING, ""), "reasoning"),
+            tool_calls=tuple(
+                _tool_call(each) for each in _rows(table, _TOOL_CALLS, TOOL_CALLS_MAX, "tool calls")
+            ),
+            logprobs=tuple(
+                _logprob(each) for each in _rows(table, _LOGPROBS, LOGPROBS_MAX, "logprobs")
+            ),
         )
     except Malformed as error:
         raise Failed(f"the peer sent a malformed chunk: {error}", code="peer_fault") from error
@@ -83,8 +112,52 @@ def done_from_value(value: Value) -> Done:
             usage=Usage(
                 prompt_tokens=count(table.get(_PROMPT, 0), "prompt tokens"),
                 completion_tokens=count(table.get(_COMPLETION, 0), "completion tokens"),
+                reasoning_tokens=count(table.get(_THOUGHT, 0), "reasoning tokens"),
             ),
             detail=mapping(table.get(_DETAIL, {}), "detail"),
         )
     except Malformed as error:
         raise Failed(f"the peer sent a malformed trailer: {error}", code="peer_fault") from error
+
+
+def _rows(table: Mapping[str, Value], key: str, most: int, where: str) -> Sequence[Value]:
+    found = sequence(table.get(key, ()), where)
+    if len(found) > most:
+        raise Malformed(f"{where}: {len(found)}, of at most {most}")
+    return found
+
+
+def _tool_call(value: Value) -> ToolCallDelta:
+    row = sequence(value, "tool call")
+    if len(row) != 4:
+        raise Malformed("tool call: expected four fields")
+    index = count(row[0], "tool call")
+    if index >= TOOL_CALLS_MAX:
+        raise Malformed(f"tool call: number {index}, of at most {TOOL_CALLS_MAX}")
+    identity, name, arguments = (text(field, "tool call") for field in row[1:])
+    return ToolCallDelta(index, identity, name, arguments)
+
+
+def _logprob(value: Value) -> TokenLogprob:
+    row = sequence(value, "logprob")
+    if len(row) != 4:
+        raise Malformed("logprob: expected four fields")
+    likeliest = sequence(row[3], "likeliest tokens")
+    if len(likeliest) > LIKELIEST_MAX:
+        raise Malformed(f"likeliest tokens: {len(likeliest)}, of at most {LIKELIEST_MAX}")
+    top: list[TokenLogprob] = []
+    for each in likeliest:
+        entry = sequence(each, "likeliest token")
+        if len(entry) != 3:
+            raise Malformed("likeliest token: expected three fields")
+        top.append(_token(entry))
+    return replace(_token(row), top=tuple(top))
+
+
+def _token(row: Sequence[Value]) -> TokenLogprob:
+    logprob, data = row[1], typed(row[2], bytes, "token")
+    if not isinstance(logprob, float) or not isfinite(logprob) or logprob > 0:
+        raise Malformed("logprob: expected a finite number that is not above 0")
+    if len(data) > TOKEN_BYTES_MAX:
+        raise Malformed(f"token: {len(data)} bytes, of at most {TOKEN_BYTES_MAX}")
+    return TokenLogprob(count(row[0], "token id"), logprob, data)

@@ -15,22 +15,18 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from meshd_plugins.api import BadRequest, Value
+from meshd_plugins.builtin.llama.prompt.constraint import Constraint
 
 PENALTY_WINDOW_TOKENS: Final = 64
+REPEAT_PENALTY: Final = 1.1
 SEEDS: Final = 2**32 - 1  # llama.cpp takes the last 32-bit number to mean "any"
 STOPS_MAX: Final = 16
 STOP_CHARACTERS_MAX: Final = 256
 BIASES_MAX: Final = 1024
 
-_UNSUPPORTED: Final = (
-    "tools",
-    "functions",
-    "grammar",
-    "logprobs",
-    "top_logprobs",
-    "echo",
-    "suffix",
-)
+LOGPROBS_MAX: Final = 20
+
+_UNSUPPORTED: Final = ("functions", "function_call", "echo", "suffix")
 """Parameters that change the meaning of an answer: better refused than ignored."""
 
 
@@ -46,13 +42,25 @@ class Sampling:
     min_p: float = 0.05  # 0: off
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repeat_penalty: float = 1.1  # 1: off
+    repeat_penalty: float = REPEAT_PENALTY  # 1: off
     stop: tuple[str, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = (
+        None  # how many likeliest tokens are told beside the chosen; None: nothing
+    )
+    constraint: Constraint | None = None  # made in the worker, and does not travel
+
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens that were there before are less likely."""
+        penalties = (self.repeat_penalty, self.frequency_penalty, self.presence_penalty)
+        return penalties != (1.0, 0.0, 0.0)
 
     def to_wire(self) -> dict[str, Value]:
         """Return what `from_wire` reads."""
-        return asdict(self)
+        wire = asdict(self)
+        del wire["constraint"]
+        return wire
 
     @staticmethod
     def from_wire(wire: Mapping[str, Any]) -> Sampling:
@@ -63,18 +71,22 @@ class Sampling:
         return Sampling(**values)
 
 
-def read_sampling(body: Mapping[str, Value], default_seed: int) -> Sampling:
-    """Read the parameters of a request. Raises BadRequest, which names the parameter."""
+def read_sampling(
+    body: Mapping[str, Value], default_seed: int, *, structured: bool = False
+) -> Sampling:
+    """Read the parameters of a request. Raises BadRequest, which names the parameter.
+
+    `structured`: the answer is held to a grammar, or may turn into a tool call.
+    """
     for name in _UNSUPPORTED:
         if body.get(name) not in (None, False, (), [], {}, "", 0):
             raise BadRequest(f"{name} is not supported by this model", code="unsupported_parameter")
     for name in ("n", "best_of"):
         if body.get(name) not in (None, 1):
             raise BadRequest(f"{name} must be 1", code="unsupported_parameter")
-    response_format = body.get("response_format")
-    if isinstance(response_format, Mapping) and response_format.get("type") != "text":
-        raise BadRequest("response_format must be of type text", code="unsupported_parameter")
-    defaults = Sampling(seed=default_seed)
+    # A grammar keeps an answer from rambling, and JSON repeats its quotes and braces.
+    penalty = 1.0 if structured else REPEAT_PENALTY
+    defaults = Sampling(seed=default_seed, repeat_penalty=penalty)
     limit_name = (
         "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     )
@@ -90,7 +102,20 @@ def read_sampling(body: Mapping[str, Value], default_seed: int) -> Sampling:
         repeat_penalty=_number(body, "repeat_penalty", defaults.repeat_penalty, 0.1, 10.0),
         stop=_stops(body.get("stop")),
         logit_bias=_biases(body.get("logit_bias")),
+        logprobs=_logprobs(body),
     )
+
+
+def _logprobs(body: Mapping[str, Value]) -> int | None:
+    """Chats say `logprobs: true` and `top_logprobs: 5`, completions `logprobs: 5`."""
+    wanted, likeliest = body.get("logprobs"), body.get("top_logprobs")
+    if wanted is None or wanted is False:
+        if likeliest not in (None, 0):
+            raise BadRequest("top_logprobs needs logprobs: true")
+        return None
+    if wanted is True:
+        return _integer(body, "top_logprobs", 0, 0, LOGPROBS_MAX)
+    return _integer(body, "logprobs", 0, 0, LOGPROBS_MAX)
 
 
 def _integer(body: Mapping[str, Value], name: str, default: int, least: int, most: int) -> int:

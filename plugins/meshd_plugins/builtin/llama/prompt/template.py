@@ -83,6 +83,7 @@ class ChatTemplate:
             "strftime_now": time.strftime,
         }
         environment.globals.update(functions)
+        self.source = source
         self._special_tokens = special_tokens
         try:
             with _bounded():
@@ -92,17 +93,29 @@ class ChatTemplate:
                 f"the model's chat template cannot be used: {_words(error)}"
             ) from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Return the prompt, up to where the answer begins. Raises TemplateError."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the prompt, up to where the answer begins. Raises TemplateError.
+
+        Args:
+            messages: the conversation.
+            tools: as OpenAI has them; None: there are none.
+            options: further variables (`enable_thinking`); they replace none of the others.
+        """
         size = 0
         parts: list[str] = []
         try:
             with _bounded():
                 variables = {
+                    **(options or {}),
                     **self._special_tokens,
                     "messages": messages,
                     "add_generation_prompt": True,
-                    "tools": None,
+                    "tools": tools,
                 }
                 for part in self._template.generate(variables):
                     size += len(part)

@@ -7,6 +7,24 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 PIECE_BYTES_MAX: Final = 256
+MARKERS: Final = frozenset(
+    {
+        "<think>",
+        "</think>",
+        "[THINK]",
+        "[/THINK]",
+        "<tool_call>",
+        "</tool_call>",
+        "<tool_response>",
+        "</tool_response>",
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "[CALL_ID]",
+        "<|python_tag|>",
+        "<|tool_call|>",
+    }
+)
+"""Tokens that say what a part of an answer is: they are read there, though some vocabularies hide them."""
 
 
 class Vocabulary:
@@ -18,13 +36,35 @@ class Vocabulary:
         self.size = int(api.llama_vocab_n_tokens(self.pointer))
         self._piece_buffer = ctypes.create_string_buffer(PIECE_BYTES_MAX)
         self._pieces: dict[int, bytes] = {}
+        self._characters: dict[str, int | None] = {}
 
     def piece(self, token: int) -> bytes:
-        """Return the bytes of a token; control tokens have none."""
+        """Return the bytes of a token; control tokens have none, but for `MARKERS`."""
         known = self._pieces.get(token)
         if known is None:
-            known = self._pieces[token] = self._convert(token, special=False)
+            known = self._convert(token, special=False)
+            if not known and (
+                marker := self._convert(token, special=True).decode("utf-8", "ignore")
+            ):
+                known = marker.encode() if marker in MARKERS else b""
+            self._pieces[token] = known
         return known
+
+    def text(self, token: int) -> bytes:
+        """Return the bytes of a token as people want to see them, those of control tokens too."""
+        return self.piece(token) or self._convert(token, special=True)
+
+    def character(self, character: str) -> int | None:
+        """Return the token that is exactly this character; None when there is none."""
+        if character not in self._characters:
+            # Some vocabularies put a blank before a text: then it stands alone behind something else.
+            ends = [
+                self.tokenise([before + character], parse_special=False)[-1]
+                for before in ("", "\n", "0")
+            ]
+            found = (token for token in ends if self.piece(token) == character.encode())
+            self._characters[character] = next(found, None)
+        return self._characters[character]
 
     def ends_text(self, token: int) -> bool:
         """Whether the token means that the answer is complete."""
@@ -68,11 +108,27 @@ class Vocabulary:
         """Texts of the tokens that steer the model and that no user may write."""
         api, vocabulary = self._api, self.pointer
         steering = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_UNKNOWN
-        return [
-            self._convert(token, special=True).decode("utf-8", "replace")
+        markers = api.LLAMA_TOKEN_ATTR_USER_DEFINED
+        found: list[str] = []
+        for token in range(self.size):
+            attributes = api.llama_vocab_get_attr(vocabulary, token)
+            if attributes & (steering | markers):
+                text = self._convert(token, special=True).decode("utf-8", "replace")
+                if attributes & steering or text in MARKERS:
+                    found.append(text)
+        return found
+
+    def hidden_tokens(self) -> frozenset[int]:
+        """Tokens that have a text for llama.cpp's grammars and none in an answer."""
+        api, vocabulary = self._api, self.pointer
+        hidden = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_UNKNOWN
+        return frozenset(
+            token
             for token in range(self.size)
-            if api.llama_vocab_get_attr(vocabulary, token) & steering
-        ]
+            if api.llama_vocab_get_attr(vocabulary, token) & hidden
+            and not self.ends_text(token)
+            and not self.piece(token)
+        )
 
     @property
     def special_tokens(self) -> dict[str, str]:
