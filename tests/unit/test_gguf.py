@@ -104,7 +104,7 @@ NESTED = struct.pack("<IQIQIQ", ARRAY, 1, ARRAY, 1, UINT32, 1) + b"1234"
         (
             gguf(entries=(entry("split.count", UINT32, struct.pack("<I", 3)),)),
             UnsupportedGguf,
-            "one of 3 parts of a model; join them",
+            "one of 3 parts of a model; `meshd model add` joins them",
         ),
         (
             gguf(entries=(entry("a", ARRAY, struct.pack("<IQ", STRING, 5_000_000)),)),

@@ -25,6 +25,7 @@ from typing import Any, Final
 
 DIGEST_CACHE_FILE: Final = "digests.json"
 DIGESTS_MAX: Final = 256
+READ_BYTES: Final = 4 << 20
 SETTLED_NS: Final = 2_000_000_000  # coarser than the times of any file system of today
 
 
@@ -118,10 +119,37 @@ def _digest(
             f"{path} is being written to; restart the node when that is done", "changing"
         )
     if max(mark.changed_ns, mark.modified_ns) < began_ns - SETTLED_NS:
-        # Read again: another model may have been digested meanwhile.
-        cache = {**_read_cache(cache_file), str(path): [*astuple(mark), digest]}
-        _write_cache(cache_file, cache)
+        remember(path, cache_file.parent, mark, digest)
     return digest
+
+
+def hash_file(descriptor: int, tell: Callable[[int], None]) -> str:
+    """Return the SHA-256 of an open file, hex; `tell` hears of bytes so far, and may raise to end it."""
+    digest, so_far = hashlib.sha256(), 0
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    while chunk := os.read(descriptor, READ_BYTES):
+        digest.update(chunk)
+        so_far += len(chunk)
+        tell(so_far)
+    return digest.hexdigest()
+
+
+def remember(path: Path, state_dir: Path, mark: Mark, digest: str) -> None:
+    """Spare `open_verified` the reading, as long as the file has this mark.
+
+    For who knows that nobody writes to the file: it has settled, or nobody else can reach it.
+    """
+    cache_file = state_dir / DIGEST_CACHE_FILE
+    # Read again: another model may have been digested meanwhile.
+    cache = {**_read_cache(cache_file), str(path): [*astuple(mark), digest]}
+    _write_cache(cache_file, cache)
+
+
+def forget(path: Path, state_dir: Path) -> None:
+    """Have `open_verified` read the file anew, since it was found to be another than its mark says."""
+    cache = _read_cache(state_dir / DIGEST_CACHE_FILE)
+    if cache.pop(str(path), None) is not None:
+        _write_cache(state_dir / DIGEST_CACHE_FILE, cache)
 
 
 def _write_cache(file: Path, cache: dict[str, list[Any]]) -> None:

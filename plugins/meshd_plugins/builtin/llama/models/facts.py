@@ -63,7 +63,9 @@ _QUANTISATION_SUFFIX: Final = re.compile(
 )
 
 
-def describe_model(header: Gguf, path: Path, digest: str, family: str = "") -> ModelFacts:
+def describe_model(
+    header: Gguf, path: Path, digest: str, family: str = "", pooling: str = ""
+) -> ModelFacts:
     """Return what the header says. The compatibility key is not known before a worker runs."""
     architecture = _words(header.text("general.architecture"))
     template = header.text("tokenizer.chat_template")
@@ -71,7 +73,7 @@ def describe_model(header: Gguf, path: Path, digest: str, family: str = "") -> M
     quantisation = FILE_TYPES.get(file_type, "") if isinstance(file_type, int) else ""
     return ModelFacts(
         digest=digest,
-        family=_words(family or _QUANTISATION_SUFFIX.sub("", path.stem)),
+        family=_words(family) or family_of(path.name),
         architecture=architecture,
         parameters=header.parameters,
         quantisation=quantisation,
@@ -79,7 +81,13 @@ def describe_model(header: Gguf, path: Path, digest: str, family: str = "") -> M
         size_bytes=header.size_bytes,
         licence=_words(header.text("general.license")),
         chat_template_digest=hashlib.sha256(template.encode()).hexdigest() if template else "",
+        pooling=pooling,
     )
+
+
+def family_of(name: str) -> str:
+    """What people call a model whose file has that name."""
+    return _words(_QUANTISATION_SUFFIX.sub("", Path(name).stem))
 
 
 def compatibility_key(digest: str, build: str) -> str:
@@ -106,7 +114,14 @@ def facts_from_wire(value: Value, digest: str) -> ModelFacts:
     return ModelFacts(digest=digest, **texts, **numbers)  # type: ignore[arg-type]
 
 
-_TEXTS: Final = ("family", "architecture", "quantisation", "licence", "chat_template_digest")
+_TEXTS: Final = (
+    "family",
+    "architecture",
+    "quantisation",
+    "licence",
+    "chat_template_digest",
+    "pooling",
+)
 _NUMBERS: Final = ("parameters", "context_tokens", "size_bytes")
 
 

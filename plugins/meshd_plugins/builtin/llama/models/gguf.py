@@ -14,7 +14,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO, Final, TypeAlias
@@ -188,6 +188,8 @@ class Gguf:
     tensors: tuple[Tensor, ...]
     data_offset: int
     size_bytes: int  # of the file
+    places: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    """Where each entry of the metadata begins and ends in the file, its key included."""
 
     @property
     def parameters(self) -> int:
@@ -212,8 +214,14 @@ def read_gguf(file: Path | int) -> Gguf:
         return parse_gguf(opened, os.fstat(opened.fileno()).st_size)
 
 
-def parse_gguf(file: BinaryIO, size_bytes: int) -> Gguf:
-    """Read and check the header of an open file of that size. Raises GgufError."""
+def parse_gguf(file: BinaryIO, size_bytes: int, *, part_allowed: bool = False) -> Gguf:
+    """Read and check the header of an open file of that size. Raises GgufError.
+
+    Args:
+        file: at its beginning.
+        size_bytes: of the whole file.
+        part_allowed: it may be one of several parts of a model.
+    """
     reader = _Reader(file, size_bytes)
     if size_bytes < len(MAGIC) or reader.take(len(MAGIC)) != MAGIC:
         raise NotGguf("this is no GGUF model file: it does not begin with 'GGUF'")
@@ -226,11 +234,14 @@ def parse_gguf(file: BinaryIO, size_bytes: int) -> Gguf:
     tensor_count = reader.count("tensors", TENSORS_MAX)
     entry_count = reader.count("metadata entries", ENTRIES_MAX)
     metadata: dict[str, GgufValue] = {}
+    places: dict[str, tuple[int, int]] = {}
     for _ in range(entry_count):
+        begin = reader.position
         key = reader.text(KEY_BYTES_MAX, "key")
         if key in metadata:
             raise MalformedGguf(f"metadata key {key!r} is there twice")
         metadata[key] = reader.value(reader.value_type())
+        places[key] = (begin, reader.position)
     alignment = metadata.get("general.alignment", ALIGNMENT_DEFAULT)
     if (
         not isinstance(alignment, int)
@@ -239,17 +250,19 @@ def parse_gguf(file: BinaryIO, size_bytes: int) -> Gguf:
         or alignment > 65_536
     ):
         raise MalformedGguf(f"general.alignment is {alignment!r}: no power of two from 8 to 65536")
+    # 0 is what `llama-gguf-split --merge` leaves behind.
     parts = metadata.get("split.count", 1)
-    if parts != 1:
+    if parts not in (0, 1) and not part_allowed:
         raise UnsupportedGguf(
-            f"this is one of {parts} parts of a model; join them: llama-gguf-split --merge"
+            f"this is one of {parts} parts of a model; `meshd model add` joins them, where all "
+            "lie beside each other"
         )
     tensors = _read_tensors(reader, tensor_count, alignment)
     data_offset = -(-reader.position // alignment) * alignment
     end = max((tensor.offset + tensor.size_bytes for tensor in tensors), default=0)
     if data_offset + end > size_bytes:
         raise TruncatedGguf(data_offset + end, size_bytes)
-    return Gguf(version, metadata, tensors, data_offset, size_bytes)
+    return Gguf(version, metadata, tensors, data_offset, size_bytes, places)
 
 
 def _read_tensors(reader: _Reader, count: int, alignment: int) -> tuple[Tensor, ...]:

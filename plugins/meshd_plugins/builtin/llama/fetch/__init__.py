@@ -1,0 +1,1 @@
+"""The process that brings model files here, unpacks them and reads their headers."""

@@ -1,0 +1,435 @@
+"""The models that a node keeps: added, listed, verified and removed while it runs.
+
+What is true: `entries()` is what the folder holds, in the order of ids; every change of it is one rename
+in the folder, and is told to `wait_changed`. A file is in the library only after the daemon itself has
+read it whole and found the digest that was asked for. Headers are read by a worker that has nothing but
+the open file. A transfer that is cancelled, cut or killed leaves what it has, and goes on from there when
+the same thing is asked for again.
+
+Who serves the models (`plugin.py`) reads `entries()`, waits with `wait_changed()`, and gives itself to
+`serve_with` as `Residents`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Final, Protocol, TypeAlias
+
+import trio
+
+from meshd_plugins.api import (
+    BadRequest,
+    CapabilityError,
+    Failed,
+    PluginConfigError,
+    PluginContext,
+    PluginOperation,
+    Value,
+)
+from meshd_plugins.builtin.llama.config import (
+    locate_model,
+    read_config,
+    read_library,
+    require_library,
+)
+from meshd_plugins.builtin.llama.models.arriving import (
+    Arrivals,
+    Arrived,
+    hash_of,
+    open_plain,
+    wrong_digest,
+)
+from meshd_plugins.builtin.llama.models.bringing import Bringer
+from meshd_plugins.builtin.llama.models.digest import Mark, forget, remember
+from meshd_plugins.builtin.llama.models.entries import Entry, config_ids, free_id, slug
+from meshd_plugins.builtin.llama.models.facts import family_of
+from meshd_plugins.builtin.llama.models.folder import Begun, ModelFolder
+from meshd_plugins.builtin.llama.models.jobs import Job, Jobs
+from meshd_plugins.builtin.llama.models.listing import configured_row, entry_row, transfer_row
+from meshd_plugins.builtin.llama.models.orders import Wanted, read_id, read_wanted, with_adapters
+
+FOLDER: Final = "models"
+WITHDRAW_S: Final = 120.0  # for who serves a model to let go of it; then its file goes all the same
+SETTLE_S: Final = (
+    3600.0  # at most, for a model that was added to be served; its own deadline comes first
+)
+LOOK_S: Final = 0.25
+SETTLED: Final = frozenset({"serving", "loaded", "cold", "quarantined"})
+
+Item: TypeAlias = "Mapping[str, Value]"
+NO_STANDING: Final[Item] = {}
+
+
+class Residents(Protocol):
+    """What the library asks of who serves the models."""
+
+    async def withdraw(self, entry_id: str) -> None:
+        """Announce it no longer, let requests in flight finish within a deadline, end its worker.
+
+        The entry is no longer in `entries()` when this is called. No error when it is not served.
+        """
+        ...
+
+    def standing(self) -> Mapping[str, Mapping[str, Value]]:
+        """How each model stands, by id: the library's `Entry.id`, and `config_ids` for the others.
+
+        Keys, each optional: `state` (starting, serving, loaded, cold, loading, backing_off, quarantined),
+        `reason`, `resident_bytes`, `load_s`, `prefill_tokens_per_s`, `decode_tokens_per_s`; and, of models
+        from the configuration, `quantisation`, `size_bytes`, `family`.
+        """
+        ...
+
+
+class Library:
+    """All models of one node that are not in its configuration.
+
+    Raises:
+        PluginConfigError: the plugin's table is wrong.
+    """
+
+    def __init__(self, context: PluginContext, bringer: Bringer | None = None) -> None:
+        self._context = context
+        self._config = read_library(context.config)
+        models = read_config(context.config)
+        self._configured = dict(zip(config_ids(models), models, strict=True))
+        self._folder = ModelFolder(context.state_dir / FOLDER, self._config.disk_mib_max)
+        self._bringer = bringer or Bringer(context.supervisor)
+        self._disk = trio.CapacityLimiter(1)  # one file at a time: it is the disk that is slow
+        self._arrivals = Arrivals(self._folder, self._bringer, self._disk)
+        self._jobs = Jobs()
+        self._entries: dict[str, Entry] = {}
+        self._residents: Residents | None = None
+        self._changed = trio.Event()
+
+    # -- for who serves them -----------------------------------------------------------------------------------
+
+    def serve_with(self, residents: Residents) -> None:
+        """Say who serves the models. Before `run`."""
+        self._residents = residents
+
+    def entries(self) -> tuple[Entry, ...]:
+        """All of them, by id. Those with `entry.served` are to be announced, as `entry.config` says."""
+        return tuple(self._entries[key] for key in sorted(self._entries))
+
+    async def wait_changed(self) -> None:
+        """Return when `entries()` has changed since the last return. For one task; none is missed."""
+        await self._changed.wait()
+        self._changed = trio.Event()
+
+    async def run(self) -> None:
+        """Read the folder, then carry out what is asked for, until cancelled.
+
+        Raises nothing for a bad folder.
+        """
+        log = self._context.log
+        try:
+            found = await trio.to_thread.run_sync(self._folder.load)
+        except OSError as error:
+            log.error("library.unreadable", folder=str(self._folder.path), error=str(error))
+        else:
+            self._entries = {entry.id: entry for entry in found.entries}
+            self._changed.set()
+            for damaged in found.damaged:
+                log.warning("library.description_damaged", model=damaged)
+            for stray in found.strays:
+                await self._take_stray(stray)
+        await self._jobs.run()
+
+    async def _take_stray(self, entry_id: str) -> None:
+        """A file whose description was lost: it is listed, and not served before somebody names it."""
+        path, job = self._folder.file(entry_id), Job("find", entry_id)
+        try:
+            file = open_plain(path)
+            try:
+                file.digest = await hash_of(file, job, self._disk)
+                inspected = await self._bringer.inspect(file, path.name)
+            finally:
+                file.close()
+            entry = Entry(
+                id=entry_id,
+                path=str(path),
+                kept=True,
+                sha256=file.digest,
+                size_bytes=file.mark.size_bytes,
+                source=str(path),
+                facts=inspected.facts,
+                adapter=inspected.adapter,
+                names=(),
+                added_at_s=int(time.time()),
+            )
+            await trio.to_thread.run_sync(self._folder.save, entry)
+        except (CapabilityError, OSError) as error:
+            self._context.log.warning("library.file_unusable", file=str(path), error=str(error))
+            return
+        self._keep(entry)
+        self._context.log.warning("library.model_found", model=entry_id, file=str(path))
+
+    def _keep(self, entry: Entry) -> None:
+        self._entries[entry.id] = entry
+        self._changed.set()
+
+    # -- what an administrator asks for ------------------------------------------------------------------------
+
+    def operations(self) -> Mapping[str, PluginOperation]:
+        """The verbs add, list, verify and remove, for `meshd_operations`."""
+        return {
+            "add": self.add,
+            "list": self.listed,
+            "verify": self.verify,
+            "remove": self.remove,
+        }
+
+    def add(self, arguments: Item) -> AsyncGenerator[Item, None]:
+        """Take a model in: progress items, the last one `{"done": {...}}`.
+
+        Raises:
+            CapabilityError: it was not taken in; what has arrived of it is kept, unless it is wrong.
+        """
+        try:
+            require_library()
+        except PluginConfigError as error:
+            raise Failed(str(error), code="not_installed") from error
+        wanted = read_wanted(arguments, self._config)
+        with_adapters(wanted, self._entries)
+        job = Job("add", self._id_for(wanted), wanted.source.text)
+        if any(job.source == other.source for other in self._jobs.open if other.verb == "add"):
+            raise BadRequest(f"{job.source} is being added already", code="being_added")
+        return self._jobs.follow(job, partial(self._add, wanted))
+
+    async def listed(self, arguments: Item) -> AsyncGenerator[Item, None]:
+        """All models, those of the configuration and those that are on their way too."""
+        del arguments
+        begun = await trio.to_thread.run_sync(self._arrived)
+        standing: Mapping[str, Item] = {}
+        if self._residents is not None:
+            standing = self._residents.standing()
+        rows: list[Value] = [
+            configured_row(key, model, standing.get(key, {}))
+            for key, model in self._configured.items()
+        ]
+        rows += [entry_row(entry, standing.get(entry.id, {})) for entry in self.entries()]
+        adding = {job.source: job for job in self._jobs.open if job.verb == "add"}
+        known = {each.source for each, _ in begun}
+        rows += [transfer_row(each, here, adding.get(each.source)) for each, here in begun]
+        rows += [
+            transfer_row(Begun("", job.id, source), 0, job)
+            for source, job in adding.items()
+            if source not in known
+        ]
+        yield {"done": {"models": rows}}
+
+    def verify(self, arguments: Item) -> AsyncGenerator[Item, None]:
+        """Read files whole and compare digests: of one model, or of all.
+
+        Raises:
+            CapabilityError: there is no such model, or at least one is damaged.
+        """
+        wanted = str(arguments.get("id") or "")
+        if wanted and wanted not in self._entries and wanted not in self._configured:
+            raise self._unknown(wanted)
+        job = Job("verify", wanted or "all")
+        return self._jobs.follow(job, partial(self._verify, wanted))
+
+    def remove(self, arguments: Item) -> AsyncGenerator[Item, None]:
+        """Withdraw a model and delete its file; or throw away what has arrived of one.
+
+        Raises:
+            CapabilityError: there is none, or it is not ours to remove.
+        """
+        entry_id = read_id(arguments)
+        entry = self._entries.get(entry_id)
+        if entry is not None:
+            self._check_removable(entry)
+        elif entry_id in self._configured:
+            raise BadRequest(
+                f"{entry_id} is in the node's configuration: take it out of plugins.llama.models there, and "
+                "restart the node",
+                code="configured",
+            )
+        elif any(other.id == entry_id for other in self._jobs.open):
+            raise BadRequest(f"{entry_id} is being added: stop that first", code="being_added")
+        work = self._drop if entry is None else partial(self._remove, entry)
+        return self._jobs.follow(Job("remove", entry_id), work)
+
+    # -- adding ------------------------------------------------------------------------------------------------
+
+    def _id_for(self, wanted: Wanted) -> str:
+        for entry in self._entries.values():
+            if entry.path == wanted.source.text and not (entry.served or entry.adapter):
+                return entry.id  # a file whose description was lost gets a new one
+        taken = [*self._entries, *self._configured, *(job.id for job in self._jobs.open)]
+        if not wanted.id:
+            return free_id(slug(wanted.source.stem), taken)
+        if wanted.id in taken:
+            raise BadRequest(
+                f"there is a model {wanted.id} already: remove it, or give another --id",
+                code="taken",
+            )
+        return wanted.id
+
+    async def _add(self, wanted: Wanted, job: Job) -> Item:
+        try:
+            arrived = await self._arrivals.bring(wanted.source, wanted.sha256, job)
+        except CapabilityError:
+            with trio.CancelScope(shield=True):  # a thread ends in any case
+                await trio.to_thread.run_sync(self._folder.give_up, job.source)
+            raise
+        try:
+            entry = await self._taken_in(wanted, arrived, job)
+        finally:
+            arrived.file.close()
+        self._keep(entry)
+        self._context.log.info("library.model_added", model=entry.id, source=entry.source)
+        return entry_row(entry, await self._served(entry, job) if wanted.wait else NO_STANDING)
+
+    async def _taken_in(self, wanted: Wanted, arrived: Arrived, job: Job) -> Entry:
+        """Understand a file that has arrived, and give it its place."""
+        file = arrived.file
+        twin = next(
+            (e for e in self._entries.values() if e.sha256 == file.digest and e.served), None
+        )
+        if twin is not None and set(twin.names) & set(wanted.names):
+            if arrived.begun is not None:
+                await trio.to_thread.run_sync(self._folder.drop, arrived.begun)
+            raise BadRequest(f"this very file is here already, as {twin.id}", code="already_there")
+        job.begin("reading")
+        try:
+            inspected = await self._bringer.inspect(file, arrived.name)
+        except Failed:
+            if arrived.begun is not None:  # it is whole, and no model: it would be so again
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._folder.drop, arrived.begun)
+            raise
+        options = with_adapters(wanted, self._entries)
+        entry = Entry(
+            id=job.id,
+            path=arrived.path,
+            kept=arrived.begun is not None or job.id in self._entries,
+            sha256=file.digest,
+            size_bytes=file.mark.size_bytes,
+            source=arrived.source,
+            facts=inspected.facts,
+            adapter=inspected.adapter,
+            names=() if inspected.adapter else wanted.names,
+            options=_named_after(options, arrived),
+            added_at_s=int(time.time()),
+        )
+        # A few renames, which belong together: a thread is not cancelled under way.
+        return await trio.to_thread.run_sync(self._settle, entry, arrived)
+
+    def _settle(self, entry: Entry, arrived: Arrived) -> Entry:
+        """Give a file its place and write its description."""
+        if arrived.begun is None:
+            place = locate_model(entry.path)
+        else:
+            place = self._folder.place(Path(arrived.path), entry.id)
+            entry = replace(entry, path=str(place))
+        self._folder.save(entry)
+        if arrived.settled:
+            # Renamed, it has another mark; who wrote it has ended, and nobody else reaches it.
+            mark = Mark.of(arrived.file.descriptor)
+            remember(place, self._context.state_dir, mark, entry.sha256)
+        if arrived.begun is not None:
+            self._folder.drop(arrived.begun)
+        return entry
+
+    async def _served(self, entry: Entry, job: Job) -> Mapping[str, Value]:
+        """Wait until it is known whether the model can be served; return how it stands."""
+        if self._residents is None or not entry.served:
+            return {}
+        job.begin("loading")
+        standing: Mapping[str, Value] = {}
+        with trio.move_on_after(min(SETTLE_S, 2 * entry.config.start_deadline_s)):
+            while standing.get("state") not in SETTLED:
+                await trio.sleep(LOOK_S)
+                standing = self._residents.standing().get(entry.id, {})
+        return standing
+
+    # -- verifying ---------------------------------------------------------------------------------------------
+
+    async def _verify(self, wanted: str, job: Job) -> Item:
+        models = [(e.id, e.path, e.sha256) for e in self.entries()]
+        models += [(key, model.path, model.sha256) for key, model in self._configured.items()]
+        chosen = [each for each in models if wanted in ("", each[0])]
+        rows: list[Value] = []
+        for number, (key, path, sha256) in enumerate(chosen, 1):
+            job.part, job.parts, job.id = number, len(chosen), key
+            rows.append(await self._compared(key, path, sha256, job))
+        return {"models": rows, "sound": all(row.get("sound") for row in rows)}  # type: ignore[union-attr]
+
+    async def _compared(self, key: str, path: str, sha256: str, job: Job) -> Item:
+        try:
+            file = open_plain(locate_model(path))
+            try:
+                digest = await hash_of(file, job, self._disk)
+            finally:
+                file.close()
+            if sha256 and digest != sha256:
+                forget(
+                    locate_model(path), self._context.state_dir
+                )  # what loads it shall see it too
+                raise wrong_digest(path, digest, sha256)
+        except (CapabilityError, PluginConfigError) as error:
+            return {"id": key, "sound": False, "reason": str(error)}
+        return {"id": key, "sound": True, "sha256": digest, "compared": bool(sha256)}
+
+    # -- removing ----------------------------------------------------------------------------------------------
+
+    def _check_removable(self, entry: Entry) -> None:
+        users = [
+            other.id
+            for other in self._entries.values()
+            if other.served and any(lora.path == entry.path for lora in other.config.lora)
+        ]
+        if users:
+            raise BadRequest(
+                f"{entry.id} is an adapter of {', '.join(users)}: remove that first", code="in_use"
+            )
+
+    async def _remove(self, entry: Entry, job: Job) -> Item:
+        job.begin("withdrawing")
+        del self._entries[entry.id]
+        self._changed.set()
+        try:
+            if self._residents is not None:
+                with trio.move_on_after(WITHDRAW_S):
+                    await self._residents.withdraw(entry.id)
+        except BaseException:
+            self._keep(entry)  # nothing was deleted: it is as it was
+            raise
+        await trio.to_thread.run_sync(self._folder.forget, entry)
+        self._context.log.info("library.model_removed", model=entry.id, deleted=entry.kept)
+        freed = entry.size_bytes if entry.kept else 0
+        return {"id": entry.id, "freed_bytes": freed, "left": "" if entry.kept else entry.path}
+
+    async def _drop(self, job: Job) -> Item:
+        """Throw away what has arrived of a model."""
+        noted = await trio.to_thread.run_sync(self._folder.begun)
+        begun = next((each for each in noted if each.id == job.id), None)
+        if begun is None:
+            raise self._unknown(job.id)
+        freed = await trio.to_thread.run_sync(self._folder.arrived_bytes, begun)
+        await trio.to_thread.run_sync(self._folder.drop, begun)
+        return {"id": job.id, "freed_bytes": freed, "left": ""}
+
+    # -- telling -----------------------------------------------------------------------------------------------
+
+    def _arrived(self) -> list[tuple[Begun, int]]:
+        return [(each, self._folder.arrived_bytes(each)) for each in self._folder.begun()]
+
+    def _unknown(self, entry_id: str) -> BadRequest:
+        known = ", ".join(sorted([*self._entries, *self._configured])) or "none"
+        return BadRequest(
+            f"there is no model {entry_id[:80]!r} here; there are {known}", code="no_such_model"
+        )
+
+
+def _named_after(options: Mapping[str, Value], arrived: Arrived) -> Mapping[str, Value]:
+    """The options; a file that gets another name here keeps the family that its old one says."""
+    if arrived.begun is None or options.get("family"):
+        return options
+    return {**options, "family": family} if (family := family_of(arrived.name)) else options

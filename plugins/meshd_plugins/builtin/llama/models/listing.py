@@ -1,0 +1,89 @@
+"""One row of `meshd model list` for each model, wherever it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from meshd_plugins.api import Value
+from meshd_plugins.builtin.llama.config import ModelConfig
+from meshd_plugins.builtin.llama.models.entries import Entry
+from meshd_plugins.builtin.llama.models.folder import Begun
+from meshd_plugins.builtin.llama.models.jobs import Job
+
+UNSERVED: Final = "not served"
+
+Row = dict[str, Value]
+
+
+def entry_row(entry: Entry, standing: Mapping[str, Value]) -> Row:
+    """A model of the library."""
+    facts = entry.facts
+    row: Row = {
+        "id": entry.id,
+        "origin": "library",
+        "state": UNSERVED,
+        "reason": "" if entry.served else _why_not(entry),
+        "names": list(entry.names),
+        "source": entry.source,
+        "path": entry.path,
+        "kept": entry.kept,
+        "sha256": entry.sha256,
+        "size_bytes": entry.size_bytes,
+        "adapter": entry.adapter,
+        "options": entry.options,
+        "added_at_s": entry.added_at_s,
+    }
+    if facts is not None:
+        row |= {
+            "family": entry.options.get("family") or facts.family,
+            "architecture": facts.architecture,
+            "quantisation": facts.quantisation,
+            "parameters": facts.parameters,
+            "context_trained": facts.context_tokens,
+            "licence": facts.licence,
+        }
+    if entry.served:
+        row |= {"state": "starting", **standing}
+    return row
+
+
+def configured_row(key: str, model: ModelConfig, standing: Mapping[str, Value]) -> Row:
+    """A model of the node's configuration."""
+    return {
+        "id": key,
+        "origin": "configuration",
+        "state": "starting",
+        "reason": "",
+        "names": list(model.names),
+        "source": model.path,
+        "path": model.path,
+        **standing,
+    }
+
+
+def transfer_row(begun: Begun, here_bytes: int, job: Job | None) -> Row:
+    """A model that is on its way, or was."""
+    row: Row = {
+        "id": begun.id if job is None else job.id,
+        "origin": "transfer",
+        "names": [],
+        "source": begun.source,
+        "size_bytes": None,
+        "arrived_bytes": here_bytes,
+    }
+    if job is None:
+        return row | {
+            "state": "stopped",
+            "reason": f"`meshd model add {begun.source}` goes on with it",
+        }
+    row |= {"state": job.stage, "reason": "", "arrived_bytes": job.bytes, "size_bytes": job.total}
+    if job.parts > 1:
+        row |= {"part": job.part, "parts": job.parts}
+    return row
+
+
+def _why_not(entry: Entry) -> str:
+    if entry.adapter:
+        return "an adapter: `meshd model add MODEL --lora` serves it with a model"
+    return f"its description was lost: remove it, or `meshd model add {entry.path}` with its names"
