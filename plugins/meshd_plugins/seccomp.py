@@ -139,6 +139,7 @@ _PRCTL_UNDOING: Final = (1, 4)  # PR_SET_PDEATHSIG, PR_SET_DUMPABLE
 _IOCTL_TYPING: Final = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: typing into somebody's terminal
 # Of the IP families, and netlink: how the C library finds out which addresses are of use.
 _FAMILIES: Final = (2, 10, 16)
+_LOOPBACK_FAMILIES: Final = (2,)
 _STREAM_PAIRS: Final = (1, 0o2000001, 0o4001, 0o2004001)  # SOCK_STREAM, with and without its flags
 
 _PR_SET_SECCOMP: Final = 22
@@ -153,6 +154,7 @@ class FilterRules:
 
     pid: int  # its own
     network: bool = False  # sockets of the IP families
+    loopback: bool = False  # sockets of IPv4: for who has a network namespace of its own
     processes: bool = False  # fork and exec
 
 
@@ -171,7 +173,7 @@ def build_filter(rules: FilterRules, machine: str) -> tuple[Instruction, ...]:
     allowed = set(_WITH_ARGUMENTS)
     if rules.processes:
         allowed |= _PROCESSES
-    if rules.network:
+    if rules.network or rules.loopback:
         allowed |= _SOCKETS
     for name, number in numbers.items():
         if name not in allowed and number is not None:
@@ -240,6 +242,12 @@ def _bodies(rules: FilterRules) -> Iterator[tuple[str, list[Instruction]]]:
     yield "clone3", [_fails(errno.ENOSYS)]
     yield "prctl", _all_but(0, _PRCTL_UNDOING)
     yield "ioctl", _all_but(1, _IOCTL_TYPING)
-    yield "socket", _only(0, _FAMILIES if rules.network else ())
+    yield "socket", _only(0, _families(rules))
     # A pair of streams cannot be connected to anybody else.
     yield "socketpair", _only(1, _STREAM_PAIRS)
+
+
+def _families(rules: FilterRules) -> tuple[int, ...]:
+    if rules.network:
+        return _FAMILIES
+    return _LOOPBACK_FAMILIES if rules.loopback else ()

@@ -6,6 +6,8 @@ message is a frame: four bytes of length (big endian, at most `FRAME_BYTES_MAX`)
     daemon to worker   {"type": "call", "id", "message"}     a request
                        {"type": "cancel", "id"}              nobody waits for it any more
     worker to daemon   {"type": "hello", ...}                ready; the first frame, once
+                       (its "step_s": seconds that its longest step takes; silence beyond some of these
+                       while calls are open is taken for a hang)
                        {"type": "heartbeat"}                 alive although it has nothing to say
                        {"type": "item", "id", "message"}     a part of an answer
                        {"type": "end", "id"}                 the answer is complete
@@ -38,7 +40,7 @@ from meshd_plugins.workersandbox import ORDER_VARIABLE, Order, apply_sandbox
 FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
 HEARTBEAT_INTERVAL_S: Final = 1.0
 INBOX_MESSAGES_MAX: Final = 1024  # beyond it the daemon's writes wait, and it refuses calls itself
-READ_BYTES: Final = 64 * 1024
+READ_BYTES: Final = 256 * 1024
 CLOSING_S: Final = 1.0  # for the main thread to end after stdin was closed
 
 EXIT_STDIN_CLOSED: Final = 0
@@ -141,6 +143,11 @@ class Link:
         self._out = bytearray()
         self._sent_at_s = time.monotonic()
         threading.Thread(target=self._read, name="stdin", daemon=True).start()
+
+    @property
+    def isolation(self) -> Message:
+        """How this process is locked in, step by step; empty where nobody asked for it."""
+        return self._isolation
 
     def hello(self, fields: Message) -> None:
         """Say that the worker is ready, and what the daemon should know. Once, first."""

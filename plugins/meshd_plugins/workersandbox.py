@@ -3,8 +3,9 @@
 What is true afterwards, as far as the system allows: it dies with the daemon, even when the daemon is
 killed; it is the first to go when memory runs out, and cannot allocate more than it was given; it
 cannot gain privileges, holds no capabilities beyond reading files, starts no process, and touches no
-other one; it has no network; it opens nothing but its own program, system libraries, what its order
-names and, where it was granted, the devices of a GPU: no keys, no home folder, no temporary folder; it
+other one; it has no network (where that was granted: one of its own, with nothing on it but loopback);
+it opens nothing but its own program, system libraries, what its order names and, where it was granted,
+the devices of a GPU: no keys, no home folder, no temporary folder; it
 dumps no core and no other process of the user can read its memory.
 
 Each step that the system refuses is reported, not hidden: the report is part of the worker's hello, and
@@ -15,11 +16,13 @@ them (decision 0024).
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import glob
 import json
 import os
 import resource
 import signal
+import socket
 import struct
 import sys
 from collections.abc import Iterator
@@ -98,6 +101,9 @@ GPU_FILES: Final = (
     "/proc/modules",
 )
 
+LOOPBACK_STEP: Final = "loopback"  # of the report: "private", SHARED_LOOPBACK, or "no: " and why
+SHARED_LOOPBACK: Final = "shared"
+
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_NO_NEW_PRIVS: Final = 38
@@ -107,6 +113,9 @@ _CLONE_NEWNET: Final = 0x40000000
 _CAPABILITY_VERSION_3: Final = 0x20080522
 _CAP_DAC_READ_SEARCH: Final = 2
 _MS_PRIVATE_RECURSIVE: Final = (1 << 18) | (1 << 14)
+_SIOCSIFFLAGS: Final = 0x8914
+_IFF_UP: Final = 0x1
+_IFF_RUNNING: Final = 0x40
 _MS_LOCKED_DOWN: Final = 1 | 2 | 4 | 8  # read-only, no set-user-id, no devices, no execution
 
 
@@ -125,6 +134,8 @@ class Order:
         str, ...
     ] = ()  # folders with keys, never readable but for what `read` names in them
     memory_bytes_max: int | None = None
+    loopback: bool = False  # IPv4 sockets, in a network namespace of its own
+    shared_loopback: bool = False  # failing that, in the machine's
 
     def to_text(self) -> str:
         """For the environment."""
@@ -146,16 +157,23 @@ def apply_sandbox(order: Order) -> dict[str, str]:
     # /proc/self stops being ours once the process is not dumpable: files of /proc come first.
     report["first_to_go"] = _raise_oom_score()
     namespace = ASKED_FOR if order.network else _leave_network(libc)
+    loopback = _loopback(order, namespace)
     report["no_new_privileges"] = _answer(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    report["keys_out_of_reach"] = hide_keys(libc, order)
+    report["keys_out_of_reach"] = hide_keys(libc, order, network=bool(loopback))
     report["no_capabilities"] = _drop_capabilities(libc)
     report["limits"] = _limit_resources()
     report["memory"] = _limit_memory(order.memory_bytes_max)
     report["not_dumpable"] = _answer(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
-    rules = FilterRules(os.getpid(), network=order.network, processes=order.processes)
+    rules = FilterRules(
+        os.getpid(), network=order.network, loopback=bool(loopback), processes=order.processes
+    )
     refused = install_filter(libc, rules)
     report["system_calls"] = f"no: {refused}" if refused else "yes"
     report["no_network"] = _no_network(order, namespace, filtered=refused is None)
+    if order.loopback:
+        report[LOOPBACK_STEP] = loopback or f"no: {namespace.removeprefix('no: ')}"
+    if loopback == SHARED_LOOPBACK:
+        report["no_network"] = f"no: the loopback of the machine ({namespace.removeprefix('no: ')})"
     return report
 
 
@@ -190,6 +208,26 @@ def _leave_network(libc: Any) -> str:
     return "user and network namespace"
 
 
+def _loopback(order: Order, namespace: str) -> str:
+    """Switch loopback on in the namespace that was entered; how it may be used, "" for not at all."""
+    if not order.loopback:
+        return ""
+    if not namespace.startswith("no: ") and _switch_on_loopback():
+        return "private"
+    return SHARED_LOOPBACK if order.shared_loopback and namespace.startswith("no: ") else ""
+
+
+def _switch_on_loopback() -> bool:
+    """In an empty namespace it is there, and down."""
+    request = struct.pack("16sH14x", b"lo", _IFF_UP | _IFF_RUNNING)
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+            fcntl.ioctl(asking, _SIOCSIFFLAGS, request)
+    except OSError:
+        return False
+    return True
+
+
 def _enter_user_namespace(libc: Any, also: int) -> bool:
     uid, gid = os.getuid(), os.getgid()
     if libc.unshare(_CLONE_NEWUSER | also) != 0:
@@ -220,9 +258,9 @@ def _no_network(order: Order, namespace: str, *, filtered: bool) -> str:
 # -- files ---------------------------------------------------------------------------------------------
 
 
-def hide_keys(libc: Any, order: Order) -> str:
+def hide_keys(libc: Any, order: Order, *, network: bool = False) -> str:
     """Make all files unreadable but those of the order; failing that, cover the folders with keys."""
-    refused = restrict_files(libc, file_rules(order), network=order.network)
+    refused = restrict_files(libc, file_rules(order), network=order.network or network)
     if refused is None:
         return "Landlock"
     covered = _cover(libc, order.hidden)

@@ -42,6 +42,21 @@ def connect(port: str) -> str:
     return "connected"
 
 
+def own_loopback(host: str) -> str:
+    """Listen, and connect to that: on `host`."""
+    with socket.socket() as listener, socket.socket() as caller:
+        listener.bind((host, 0))
+        listener.listen()
+        caller.settimeout(5)
+        caller.connect(("127.0.0.1", listener.getsockname()[1]))
+    return "connected"
+
+
+def open_socket(family: str) -> str:
+    socket.socket(int(family), socket.SOCK_STREAM).close()
+    return "opened"
+
+
 def connect_unix(path: str) -> str:
     with socket.socket(socket.AF_UNIX) as stream:
         stream.connect(path)
@@ -95,6 +110,8 @@ TRIES: dict[str, Callable[[str], str]] = {
     "list": names_in,
     "connect": connect,
     "connect_unix": connect_unix,
+    "own_loopback": own_loopback,
+    "open_socket": open_socket,
     "datagram_pair": lambda _: str(socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)),
     "pair": pair,
     "fork_bomb": fork_bomb,

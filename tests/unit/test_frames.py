@@ -32,6 +32,7 @@ from meshd.core.frames import (
     Refuse,
     UnsendableError,
     VersionMismatch,
+    WarmHint,
 )
 from meshd_cms.types import Epoch, MeshId, NodeId, Value
 
@@ -51,6 +52,7 @@ values = st.recursive(
     max_leaves=12,
 )
 numbers = st.integers(0, 2**63 - 1)
+ids = st.binary(min_size=16, max_size=16)
 headers = st.builds(
     CallHeader,
     request_id=texts,
@@ -65,8 +67,10 @@ headers = st.builds(
     remaining_s=st.floats(0, 1e9),
     hops=st.integers(0, 255),
     idempotency_id=texts,
+    tags=st.lists(st.binary(min_size=8, max_size=8), max_size=8).map(tuple),
+    hint=st.none()
+    | st.builds(WarmHint, ids.map(NodeId), st.binary(min_size=8, max_size=8), numbers),
 )
-ids = st.binary(min_size=16, max_size=16)
 frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(
         Hello,
@@ -207,6 +211,10 @@ def test_another_version_is_named_whatever_its_hello_looks_like() -> None:
         Call(1, CallHeader("r", "n" * 2000, "c", "chat"), None),
         Call(1, CallHeader("r", "n", "c", "chat", remaining_s=math.nan), None),
         Call(1, CallHeader("r", "n", "c", "chat", hops=300), None),
+        Call(1, CallHeader("r", "n", "c", "chat", tags=(bytes(7), bytes(9))), None),
+        Call(1, CallHeader("r", "n", "c", "chat", tags=(bytes(8),) * 9), None),
+        Call(1, CallHeader("r", "n", "c", "chat", hint=WarmHint(NodeId(b"n"), bytes(8), 1)), None),
+        Call(1, CallHeader("r", "n", "c", "chat", hint=WarmHint(NodeId(bytes(16)), b"", 1)), None),
     ],
 )
 def test_what_the_peer_would_refuse_is_not_sent(frame: Frame) -> None:

@@ -39,7 +39,9 @@ from meshd.core.frames import (
     Refuse,
     UnsendableError,
     VersionMismatch,
+    WarmHint,
 )
+from meshd.core.prefixes import TAG_BYTES, TAGS_MAX, pack_tags, unpack_tags
 from meshd_cms.types import Epoch, MeshId, NodeId, Value
 
 LENGTH_BYTES: Final = 4
@@ -110,6 +112,9 @@ def _header_fields(header: CallHeader) -> tuple[object, ...]:
         0 <= header.remaining_s < math.inf and 0 <= header.hops < 256 and 0 <= header.privacy < 256
     ):
         raise UnsendableError(f"a number of the call's header is out of range: {header}")
+    tags = pack_tags(header.tags)
+    if len(tags) > TAGS_MAX * TAG_BYTES or any(len(tag) != TAG_BYTES for tag in header.tags):
+        raise UnsendableError("the tags of the call's header are no tags")
     return (
         header.request_id,
         header.name,
@@ -123,7 +128,21 @@ def _header_fields(header: CallHeader) -> tuple[object, ...]:
         float(header.remaining_s),
         header.hops,
         header.idempotency_id,
+        tags,
+        _hint_fields(header.hint),
     )
+
+
+def _hint_fields(hint: WarmHint | None) -> tuple[object, ...] | None:
+    if hint is None:
+        return None
+    if (
+        len(hint.node) != _ID_BYTES
+        or len(hint.tag) != TAG_BYTES
+        or not 0 <= hint.tokens <= _NUMBER_MAX
+    ):
+        raise UnsendableError("the hint of the call's header is none")
+    return hint.node, hint.tag, hint.tokens
 
 
 def _own(value: Value, depth: int = DEPTH_MAX) -> Value:
@@ -279,8 +298,8 @@ def _decode_hello(items: list[Any]) -> Hello:
 
 
 def _decode_header(value: Any) -> CallHeader:
-    if not _is_list(value) or len(value) != 12:
-        raise _bad("the header of CALL is not an array of 12")
+    if not _is_list(value) or len(value) != 14:
+        raise _bad("the header of CALL is not an array of 14")
     remaining = value[9]
     if type(remaining) not in (int, float) or not 0 <= remaining < math.inf:
         raise _bad("remaining_s is not a duration")
@@ -297,6 +316,25 @@ def _decode_header(value: Any) -> CallHeader:
         remaining_s=float(remaining),
         hops=_number(value[10], "hops", most=255),
         idempotency_id=_text(value[11], "idempotency_id"),
+        tags=_decode_tags(value[12]),
+        hint=None if value[13] is None else _decode_hint(value[13]),
+    )
+
+
+def _decode_tags(value: Any) -> tuple[bytes, ...]:
+    try:
+        return unpack_tags(_short_octets(value, "tags"))
+    except ValueError as error:
+        raise _bad(str(error)) from error
+
+
+def _decode_hint(value: Any) -> WarmHint:
+    if not _is_list(value) or len(value) != 3:
+        raise _bad("the hint is not an array of 3")
+    return WarmHint(
+        node=NodeId(_octets(value[0], "the node of the hint", _ID_BYTES)),
+        tag=_octets(value[1], "the tag of the hint", TAG_BYTES),
+        tokens=_number(value[2], "the tokens of the hint"),
     )
 
 

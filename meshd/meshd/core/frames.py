@@ -97,6 +97,15 @@ class FrameTooLarge(UnsendableError):
 
 
 @dataclass(frozen=True, slots=True)
+class WarmHint:
+    """Where else the KV state of the beginning of a request is warm."""
+
+    node: NodeId
+    tag: bytes  # of the request that made it
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class CallHeader:
     """What travels with a request from node to node."""
 
@@ -112,6 +121,8 @@ class CallHeader:
     remaining_s: float = 60.0  # what is left of the deadline when this was sent; finite, >= 0
     hops: int = 0  # forwards so far
     idempotency_id: str = ""
+    tags: tuple[bytes, ...] = ()  # of the conversation's last prefixes; see `meshd.core.prefixes`
+    hint: WarmHint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +149,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Callee to caller: a part of the answer; costs credit."""
+    """A part of the answer, or, from the caller, of what goes along with the request; costs credit."""
 
     call: int
     value: Value
@@ -184,7 +195,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """Caller to callee: this many more bytes of CHUNK frames may be sent."""
+    """This many more bytes of CHUNK frames may be sent."""
 
     call: int
     bytes: int

@@ -2,12 +2,14 @@
 
 Invariant: every call that is opened ends with exactly one final frame of the callee (END, REFUSE or
 ERROR), also after CANCEL, or with the connection. So both ends agree, in order, on which calls live,
-and a frame for a call that is not in the table is the peer's fault, but for the two that may cross a
-final frame on the way: CANCEL and CREDIT.
+and a frame for a call that is not in the table is the peer's fault, but for those of a caller that may
+cross a final frame on the way: CANCEL, CREDIT and CHUNK.
 
-Flow control: the callee may send a CHUNK while its credit for the call is above zero; the frame's
-bytes are then taken off, so at most `window_bytes` and one frame are under way unread. The caller
-grants back what its reader consumed, in steps of half a window.
+Flow control: an end may send a CHUNK while its credit for the call is above zero; the frame's bytes are
+then taken off, so at most `window_bytes` and one frame are under way unread. The other end grants back
+what its reader consumed, in steps of half a window. The callee has a window of credit when the call
+begins. The caller has none: most calls are one request, and only a callee that grants a window
+(`accept_chunks`) is sent more.
 
 `TRANSITIONS` is the whole state machine of a call. What a peer does outside it raises `ProtocolError`
 from `next_event` and ends the connection; what we do outside it raises `MuxMisuse`: a bug.
@@ -97,17 +99,22 @@ TRANSITIONS: Final[Mapping[tuple[CallState, _Way, FrameType], CallState]] = {
     # the caller's end
     (_A, _R, FrameType.CHUNK): _A,
     (_A, _S, FrameType.CREDIT): _A,
+    (_A, _S, FrameType.CHUNK): _A,
+    (_A, _R, FrameType.CREDIT): _A,
     (_A, _R, FrameType.END): _E,
     (_A, _R, FrameType.REFUSE): _E,
     (_A, _R, FrameType.ERROR): _E,
     (_A, _S, FrameType.CANCEL): _B,
     (_B, _R, FrameType.CHUNK): _B,  # sent before the CANCEL arrived
+    (_B, _R, FrameType.CREDIT): _B,  # likewise
     (_B, _R, FrameType.END): _E,
     (_B, _R, FrameType.REFUSE): _E,
     (_B, _R, FrameType.ERROR): _E,
     # the callee's end
     (_V, _S, FrameType.CHUNK): _V,
     (_V, _R, FrameType.CREDIT): _V,
+    (_V, _R, FrameType.CHUNK): _V,
+    (_V, _S, FrameType.CREDIT): _V,
     (_V, _S, FrameType.END): _E,
     (_V, _S, FrameType.REFUSE): _E,
     (_V, _S, FrameType.ERROR): _E,
@@ -122,8 +129,9 @@ TRANSITIONS: Final[Mapping[tuple[CallState, _Way, FrameType], CallState]] = {
 @dataclass(slots=True)
 class _Call:
     state: CallState
-    credit: int  # callee: what we may send; caller: what the peer may send
-    consumed: int = 0  # caller: read since the last CREDIT
+    sendable: int  # bytes of credit that we have
+    receivable: int  # bytes of credit that the peer has
+    consumed: int = 0  # bytes read here since the last CREDIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +150,7 @@ class CallExcess:
 
 @dataclass(frozen=True, slots=True)
 class ChunkReceived:
-    """A part of an answer; report it with `consumed(call, size)` once it was read."""
+    """A part of an answer, or of what a caller sends along; report it with `consumed` once it was read."""
 
     call: int
     value: Value
@@ -232,7 +240,9 @@ class Mux:
     def may_send(self, call: int) -> bool:
         """Whether the peer's credit for this call allows a chunk now."""
         entry = self._calls.get(call)
-        return entry is not None and entry.state is CallState.SERVING and entry.credit > 0
+        if entry is None or entry.state not in (CallState.ASKING, CallState.SERVING):
+            return False
+        return entry.sendable > 0
 
     def state(self, call: int) -> CallState:
         """The state of a call; `ENDED` for one that is not in the table."""
@@ -342,16 +352,20 @@ class Mux:
         if self._serving >= 2 * self._config.calls_max:  # it does not even wait for its refusals
             raise ProtocolError(Fault.UNEXPECTED_FRAME, f"{self._serving} calls at once")
         self._peers_last_call = call
-        self._calls[call] = _Call(CallState.SERVING, self._send_window_bytes)
+        self._calls[call] = _Call(CallState.SERVING, self._send_window_bytes, 0)
         self._serving += 1
         return frame if self._serving <= self._config.calls_max else CallExcess(call)
 
     def _chunk_received(self, call: int, value: Value, size: int) -> Event | None:
-        entry = self._step(call, _Way.RECEIVED, FrameType.CHUNK)
-        if entry.credit <= 0:
+        entry = self._crossing_received(call, FrameType.CHUNK)
+        if entry is None:
+            return None
+        if entry.receivable <= 0:
             raise ProtocolError(Fault.CREDIT_EXCEEDED, f"CHUNK of call {call} without credit")
-        entry.credit -= size
-        return ChunkReceived(call, value, size) if entry.state is CallState.ASKING else None
+        entry.receivable -= size
+        if entry.state is CallState.ABANDONED:
+            return None
+        return ChunkReceived(call, value, size)
 
     def _final_received(
         self, frame: End | Refuse | Error, call: int, kind: FrameType
@@ -362,7 +376,7 @@ class Mux:
         return None if abandoned else frame
 
     def _crossing_received(self, call: int, kind: FrameType) -> _Call | None:
-        """CANCEL and CREDIT may cross our final frame: then the call was there, and is gone."""
+        """What a caller sends may cross our final frame: then the call was there, and is gone."""
         if (
             call not in self._calls
             and call % 2 == self._peers_parity
@@ -371,12 +385,12 @@ class Mux:
             return None
         return self._step(call, _Way.RECEIVED, kind)
 
-    def _credit(self, entry: _Call, frame: Credit, count: int) -> Event:
+    def _credit(self, entry: _Call, frame: Credit, count: int) -> Event | None:
         most = self._send_window_bytes
-        if count == 0 or entry.credit + count > most:
+        if count == 0 or entry.sendable + count > most:
             raise ProtocolError(Fault.CREDIT_EXCEEDED, f"CREDIT beyond the window of {most} bytes")
-        entry.credit += count
-        return frame
+        entry.sendable += count
+        return None if entry.state is CallState.ABANDONED else frame
 
     def _step(self, call: int, way: _Way, kind: FrameType) -> _Call:
         """Move the call along `TRANSITIONS`."""
@@ -408,20 +422,27 @@ class Mux:
         call = self._next_call
         self._send(Call(call, header, body))
         self._next_call += 2
-        self._calls[call] = _Call(CallState.ASKING, self._config.window_bytes)
+        self._calls[call] = _Call(CallState.ASKING, 0, self._config.window_bytes)
         return call
+
+    def accept_chunks(self, call: int) -> None:
+        """Let the caller send chunks along, a window of them ahead of the reader. Once a call."""
+        self._grant(call, self._config.window_bytes)
 
     def consumed(self, call: int, size: int) -> None:
         """The reader took a chunk of `size` bytes: grant them again, in steps of half a window."""
         entry = self._calls.get(call)
-        if entry is None or entry.state is not CallState.ASKING:
+        if entry is None or entry.state not in (CallState.ASKING, CallState.SERVING):
             return  # the rest of an answer that is complete already
         entry.consumed += size
         if entry.consumed * 2 >= self._config.window_bytes:
-            self._step(call, _Way.SENT, FrameType.CREDIT)
-            self._send(Credit(call, entry.consumed))
-            entry.credit += entry.consumed
+            self._grant(call, entry.consumed)
             entry.consumed = 0
+
+    def _grant(self, call: int, count: int) -> None:
+        entry = self._step(call, _Way.SENT, FrameType.CREDIT)
+        self._send(Credit(call, count))
+        entry.receivable += count
 
     def cancel(self, call: int, reason: str) -> None:
         """Send CANCEL for a call of ours; nothing of it will come out any more."""
@@ -429,7 +450,7 @@ class Mux:
         self._send(Cancel(call, reason))
 
     def send_chunk(self, call: int, value: Value) -> None:
-        """Send a part of an answer. Allowed while `may_send(call)`.
+        """Send a part of an answer, or of what goes along with a call of ours. Allowed while `may_send(call)`.
 
         Raises:
             UnsendableError: too large or not data; nothing was sent.
@@ -437,7 +458,7 @@ class Mux:
         if not self.may_send(call):
             raise MuxMisuse(f"chunk of call {call} without credit")
         size = self._send(Chunk(call, value))
-        self._calls[call].credit -= size
+        self._calls[call].sendable -= size
 
     def end(self, call: int, trailer: Value, load: Value) -> None:
         """Send END. Raises UnsendableError as `send_chunk`; the call then still needs a final frame."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from meshd_plugins.api import Value, WorkerSpec
-from meshd_plugins.workersandbox import ASKED_FOR, ORDER_VARIABLE, Order
+from meshd_plugins.workersandbox import ASKED_FOR, LOOPBACK_STEP, ORDER_VARIABLE, Order
 
 INHERITED_VARIABLES: Final = ("PATH", "HOME", "LANG")
 STEPS_THAT_MATTER: Final = (
@@ -76,6 +76,8 @@ def worker_environment(spec: WorkerSpec, hidden: Sequence[Path] = ()) -> dict[st
     order = Order(
         parent=os.getpid(),
         network=spec.network,
+        loopback=spec.private_loopback,
+        shared_loopback=spec.shared_loopback,
         processes=spec.processes,
         gpu=spec.gpu,
         read=tuple(str(path) for path in spec.read_paths),
@@ -134,7 +136,8 @@ def observe_isolation(view: ProcessView, hello: Mapping[str, Value]) -> Isolatio
         steps["system_calls"] = "no: the kernel applies no filter to it"
     if seen.get("NoNewPrivs", "1") != "1":
         steps["no_new_privileges"] = "no: the kernel lets it gain privileges"
-    if not filtered and _shares_network(view.pid):
+    may_have_sockets = not filtered or steps.get(LOOPBACK_STEP) == "private"
+    if may_have_sockets and _shares_network(view.pid):
         steps["no_network"] = "no: it shares the network namespace of the daemon"
     return Isolation(applied=True, steps=steps)
 

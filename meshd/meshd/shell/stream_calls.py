@@ -42,14 +42,16 @@ class OutgoingCall:
     """A call of ours in flight.
 
     `trailer` and `load` are set once `receive` gave None; before, they are None. `sent_bytes` is what the
-    request took on the line.
+    request took on the line, with all that was sent along.
     """
 
     __slots__ = (
         "_connection",
+        "_credited",
         "_inbox",
         "_outbox",
         "_outcome",
+        "host",
         "id",
         "load",
         "peer",
@@ -62,8 +64,10 @@ class OutgoingCall:
         # Unbounded on purpose: the credit of the call bounds what a peer may put in it.
         self._inbox, self._outbox = trio.open_memory_channel[ChunkReceived | _Outcome](math.inf)
         self._outcome: _Outcome | None = None
+        self._credited: trio.Event | None = None
         self.id = call
         self.peer: NodeId = connection.peer
+        self.host: str = connection.host  # where it really goes
         self.sent_bytes = 0
         self.trailer: Value = None
         self.load: Value = None
@@ -99,9 +103,43 @@ class OutgoingCall:
             case StreamLost(message=message):
                 raise StreamLost(message)
 
+    async def send(self, value: Value) -> bool:
+        """Send something along with the request; waits until the peer has asked for more, and the line takes it.
+
+        False when the call has ended meanwhile: `receive` says how, once all that came before was read.
+
+        Raises:
+            UnsendableError: too large for a frame or not data; the call can go on.
+        """
+        connection = self._connection
+        await connection.room()
+        while not connection.mux.may_send(self.id):
+            if connection.lost is not None or connection.mux.state(self.id) is not CallState.ASKING:
+                return False
+            self._credited = trio.Event()
+            await self._credited.wait()
+            await connection.room()
+        if connection.lost is not None:
+            return False
+        self.sent_bytes += connection.send_chunk(self.id, value)
+        return True
+
+    def abandon(self, reason: str) -> None:
+        """End it from elsewhere: whoever uses it is told the reason, once what came was read."""
+        self._connection.leave(self)
+        self.deliver(StreamLost(reason))
+
     def deliver(self, outcome: ChunkReceived | _Outcome) -> None:
         """Called by the connection: something came, or the connection is gone."""
         self._inbox.send_nowait(outcome)
+        if not isinstance(outcome, ChunkReceived):
+            self.credit()  # whoever waits for it learns that there will be none
+
+    def credit(self) -> None:
+        """Called by the connection: the peer read something."""
+        if self._credited is not None:
+            self._credited.set()
+            self._credited = None
 
 
 class IncomingCall:
@@ -110,6 +148,8 @@ class IncomingCall:
     __slots__ = (
         "_connection",
         "_credited",
+        "_inbox",
+        "_outbox",
         "body",
         "cancelled",
         "header",
@@ -124,6 +164,8 @@ class IncomingCall:
     def __init__(self, connection: Connection, call: int, header: CallHeader, body: Value) -> None:
         self._connection = connection
         self._credited: trio.Event | None = None
+        self._inbox: trio.MemorySendChannel[ChunkReceived] | None = None
+        self._outbox: trio.MemoryReceiveChannel[ChunkReceived] | None = None
         self.id = call
         self.header = header
         self.body = body
@@ -151,6 +193,21 @@ class IncomingCall:
             await self._credited.wait()
             await connection.room()
         self.sent_bytes += connection.send_chunk(self.id, value)
+
+    async def receive(self) -> Value:
+        """What the caller sends along next; before the first time it may send nothing. For one task."""
+        if self._outbox is None:
+            # Unbounded on purpose: the credit that is granted bounds what a peer may put in it.
+            self._inbox, self._outbox = trio.open_memory_channel[ChunkReceived](math.inf)
+            self._connection.accept_chunks(self.id)
+        event = await self._outbox.receive()
+        self._connection.consumed(event.call, event.size)
+        return event.value
+
+    def deliver(self, event: ChunkReceived) -> None:
+        """Called by the connection: the caller sent something along."""
+        assert self._inbox is not None, "it has no credit before `receive`"
+        self._inbox.send_nowait(event)
 
     def cancel(self) -> None:
         """Called by the connection: the peer does not want it any more."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable
+from math import inf
 from typing import Final, assert_never, cast
 
 import trio
@@ -43,7 +44,7 @@ from meshd.shell.stream_owner import Owner
 from meshd.trust.standing import GOOD, Verdict
 from meshd.trust.tls import PeerProof
 from meshd_cms.types import Epoch, NodeId, Value, node_id_short
-from meshd_plugins.api import BadRequest, Failed, Refused
+from meshd_plugins.api import BadRequest, Failed, Operation, Refused
 
 RECEIVE_BYTES: Final = 64 * 1024
 _PULSE_TOKEN: Final = 0
@@ -218,8 +219,13 @@ class Connection:
             await self._room.wait()
         await trio.lowlevel.checkpoint_if_cancelled()
 
+    def accept_chunks(self, call: int) -> None:
+        """Let the peer, which called, send chunks along. Once a call."""
+        self.mux.accept_chunks(call)
+        self._wake.set()
+
     def send_chunk(self, call: int, value: Value) -> int:
-        """Queue a part of an answer; `mux.may_send(call)` holds. Its bytes."""
+        """Queue a part of an answer or of a request; `mux.may_send(call)` holds. Its bytes."""
         before_bytes = self.mux.outgoing_bytes
         self.mux.send_chunk(call, value)
         self._wake.set()
@@ -292,7 +298,10 @@ class Connection:
     def _handle(self, event: Event, nursery: trio.Nursery) -> None:
         match event:
             case ChunkReceived(call):
-                self._asked[call].deliver(event)
+                # Of a call that is served, the handler may have ended and its frame not be queued yet.
+                taker = self._asked.get(call) or self._served.get(call)
+                if taker is not None:
+                    taker.deliver(event)
             case End(call, _, load) | Refuse(call, _, _, load) | Error(call, _, _, _, load):
                 self._asked.pop(call).deliver(event)
                 self._owner.load_heard(self.peer, load)
@@ -303,7 +312,9 @@ class Connection:
             case Cancel(call):
                 self._served[call].cancel()
             case Credit(call):
-                self._served[call].credit()
+                sender = self._asked.get(call) or self._served.get(call)
+                if sender is not None:
+                    sender.credit()
             case CallExcess(call):
                 self._refuse(call, "busy", f"{self.mux.serving - 1} calls of this peer are served")
             case Pong(token):
@@ -335,7 +346,9 @@ class Connection:
             self._refuse(event.call, "observer", "this node is an observer and serves nothing")
             return
         call = IncomingCall(self, event.call, event.header, event.body)
-        remaining_s = min(event.header.remaining_s, self._config.call_deadline_max_s)
+        # A tunnel is there until one end leaves it, or the connection is gone.
+        most_s = inf if header.operation == Operation.TUNNEL else self._config.call_deadline_max_s
+        remaining_s = min(header.remaining_s, most_s)
         call.scope.deadline = trio.current_time() + remaining_s
         self._served[event.call] = call
         self._owner.statistics.calls_served += 1
