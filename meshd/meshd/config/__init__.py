@@ -8,6 +8,7 @@ from meshd.config.access import AccessRule, access_rules
 from meshd.config.errors import BadValue, ConfigError, ConfigSyntax, ConfigUnreadable, UnknownKey
 from meshd.config.gossip import gossip_config
 from meshd.config.guard_sections import AccessSection, AuditSection
+from meshd.config.handoff import HandoffSection, handoff_config
 from meshd.config.load import load, socket_candidates
 from meshd.config.machine import Machine
 from meshd.config.sections import (
@@ -38,6 +39,7 @@ __all__ = [
     "ConfigUnreadable",
     "DiscoverySection",
     "GossipSection",
+    "HandoffSection",
     "HttpSection",
     "LimitsSection",
     "ListenSection",
@@ -53,6 +55,7 @@ __all__ = [
     "access_rules",
     "describe",
     "gossip_config",
+    "handoff_config",
     "load",
     "socket_candidates",
 ]

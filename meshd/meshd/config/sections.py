@@ -12,6 +12,7 @@ from pathlib import Path
 
 from meshd.config.fields import about
 from meshd.config.guard_sections import AccessSection, AuditSection, TrustSection
+from meshd.config.handoff import HandoffSection
 from meshd_plugins.api import Value
 
 _LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -467,6 +468,7 @@ class Config:
     gossip: GossipSection = field(default_factory=GossipSection)
     http: HttpSection = field(default_factory=HttpSection)
     limits: LimitsSection = field(default_factory=LimitsSection)
+    handoff: HandoffSection = field(default_factory=HandoffSection)
     access: AccessSection = field(default_factory=AccessSection)
     trust: TrustSection = field(default_factory=TrustSection)
     audit: AuditSection = field(default_factory=AuditSection)
@@ -483,6 +485,7 @@ SECTIONS = {
     "gossip": GossipSection,
     "http": HttpSection,
     "limits": LimitsSection,
+    "handoff": HandoffSection,
     "access": AccessSection,
     "trust": TrustSection,
     "audit": AuditSection,

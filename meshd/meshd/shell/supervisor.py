@@ -27,6 +27,7 @@ from typing import Final
 import trio
 
 from meshd.shell.sandbox import Isolation, ProcessView, observe_isolation, worker_environment
+from meshd.shell.worker_ends import describe_exit, error_from, oom_kills, open_pid, wide_pipe
 from meshd_plugins.api import (
     BadRequest,
     CapabilityError,
@@ -40,7 +41,7 @@ from meshd_plugins.api import (
 )
 from meshd_plugins.workerkit import FrameDecoder, FrameError, pack_frame
 
-READ_BYTES: Final = 64 * 1024
+READ_BYTES: Final = 256 * 1024
 STDERR_LINE_BYTES_MAX: Final = 1000
 
 
@@ -51,6 +52,11 @@ class SupervisorConfig:
     hang_s: float = (
         30.0  # silence with calls open; raising it: slow devices with long steps, later notice
     )
+    hang_steps: float = 25.0
+    """A worker that says how long its longest step takes (`step_s` of its hello) may be silent for so many
+    of these. Raising it: machines whose speed varies much, later notice."""
+    hang_min_s: float = 10.0  # silence that is always allowed: a machine that does something else
+    hang_max_s: float = 120.0  # silence that never is, whatever the worker says
     poll_s: float = 1.0  # how often silence and memory are looked at
     close_s: float = 1.0  # from closing stdin to TERM
     terminate_s: float = 2.0  # from TERM to KILL
@@ -194,14 +200,15 @@ class _ProcessWorker:
         self._closing = False
         self._silent_s = 0.0
         self._stderr: deque[str] = deque(maxlen=config.stderr_lines_max)
+        self._oom_kills = oom_kills()
         self._start(environment)
 
     # -- the process -------------------------------------------------------------------------------
 
     def _start(self, environment: Mapping[str, str]) -> None:
         """Start it from this thread: PR_SET_PDEATHSIG means the thread, not the process."""
-        child_in, our_in = os.pipe()
-        our_out, child_out = os.pipe()
+        child_in, our_in = wide_pipe()
+        our_out, child_out = wide_pipe()
         our_err, child_err = os.pipe()
         try:
             self._process = subprocess.Popen(  # noqa: S603  argv comes from a plugin, never from a request
@@ -212,11 +219,11 @@ class _ProcessWorker:
                 env=environment,
                 cwd="/",
                 close_fds=True,
-                pass_fds=self._spec.files,
+                pass_fds=(*self._spec.files, *self._spec.sockets),
                 start_new_session=True,
             )
             self._view = ProcessView(self._process.pid)
-            self._pid_fd = _open_pid(self._process)
+            self._pid_fd = open_pid(self._process)
         except OSError as error:
             for fd in (our_in, our_out, our_err):
                 os.close(fd)
@@ -244,7 +251,7 @@ class _ProcessWorker:
             with trio.move_on_after(self._config.close_s):  # its last words are in the pipes
                 await self._output_drained.wait()
                 await self._errors_drained.wait()
-            self._bury(_describe_exit(status))
+            self._bury(describe_exit(status, oom_kills() - self._oom_kills))
 
     def abandon(self) -> None:
         """Stop waiting for a process that even KILL did not end: it hangs within the kernel."""
@@ -368,11 +375,21 @@ class _ProcessWorker:
             self._silent_s += min(trio.current_time() - before, 2 * interval)
             if not self._calls or self._hello is None:
                 self._silent_s = 0.0
-            elif self._silent_s > self._config.hang_s:
-                self._kill(f"no sign of life for {self._config.hang_s:g} s", "worker_hung")
+            elif self._silent_s > (hang_s := self._hang_s()):
+                self._kill(f"no sign of life for {hang_s:.3g} s", "worker_hung")
             used = self._view.resident_bytes() if limit is not None else None
             if limit is not None and used is not None and used > limit:
                 self._kill(f"it uses {used >> 20} MiB of memory; its limit is {limit >> 20} MiB")
+
+    def _hang_s(self) -> float:
+        """For how long it may be silent: as its plugin says, or by the length of its own steps."""
+        if self._spec.hang_s is not None:
+            return self._spec.hang_s
+        step_s = self._hello.get("step_s") if self._hello is not None else None
+        if isinstance(step_s, bool) or not isinstance(step_s, int | float) or not step_s > 0:
+            return self._config.hang_s
+        allowed_s = max(self._config.hang_steps * step_s, self._config.hang_min_s)
+        return min(allowed_s, self._config.hang_max_s)
 
     # -- the conversation ----------------------------------------------------------------------------
 
@@ -405,7 +422,7 @@ class _ProcessWorker:
             case "end":
                 call.end()
             case "error":
-                call.end(_error_from(message))
+                call.end(error_from(message))
             case _:
                 raise FrameError(f"unknown type {str(kind)[:20]!r}")
 
@@ -469,36 +486,3 @@ class _ProcessWorker:
             resident_bytes=self._view.resident_bytes() or 0,
             isolation=self._isolation,
         )
-
-
-def _open_pid(process: subprocess.Popen[bytes]) -> int:
-    try:
-        return os.pidfd_open(process.pid)
-    except OSError:  # a kernel before 5.3: without it we would not learn of its death
-        process.kill()
-        process.wait()
-        raise
-
-
-def _error_from(message: Mapping[str, Value]) -> CapabilityError:
-    text, code = str(message.get("message")), str(message.get("code"))
-    match message.get("kind"):
-        case "bad_request":
-            return BadRequest(text, code=code)
-        case "refused":
-            return Refused(text, code=code)
-        case "failed":
-            return Failed(text, code=code)
-        case kind:
-            raise FrameError(f"unknown kind of error {str(kind)[:20]!r}")
-
-
-def _describe_exit(status: int) -> str:
-    if status >= 0:
-        return f"exited with status {status}"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = f"signal {-status}"
-    hint = ": if nobody did that, the system was out of memory" if -status == signal.SIGKILL else ""
-    return f"killed by {name}{hint}"
