@@ -1,12 +1,15 @@
-"""The scheduler of slots: which tokens go into the next batch, and what comes of them.
+"""The scheduler of sequences: which tokens go into the next batch, and what comes of them.
 
 One model context holds several sequences, one a slot. Each step is one batch: the next token of every
-sequence that is generating, and then, up to the chunk size, prompt tokens of the sequences that are
-not there yet, in turn. So a long prompt costs the others at most one chunk of waiting per token.
+sequence that is generating, and, up to the chunk size, prompt tokens of the sequences that are not there
+yet. So a long prompt costs the others at most one chunk of waiting per token. The prompt with least left
+goes first, so that a short request does not wait for a long one; every fourth step the one that waited
+longest does, so that a long one comes to its end too.
 
 Invariants, whatever the order of submit, cancel and step:
 - a slot is free, or belongs to exactly one job; a job that ended in any way has none;
-- a slot's memory in the backend is emptied before another job gets it;
+- what a slot holds is what the context has computed for it, token by token;
+- a job computes on what was computed before only if that was for the same caller, or for everybody;
 - a job ends with exactly one `Finished` or `Broken`, or without any if it was cancelled;
 - usage counts each token once: the prompt's, and the generated ones without the end-of-text token.
 
@@ -16,61 +19,32 @@ Pure: no clock, no I/O; the model is behind `Backend`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Final, Generic, Literal, NamedTuple
 
-from meshd_plugins.builtin.llama.engine.text import Piece, TextAssembler
-from meshd_plugins.builtin.llama.sampling import Sampling
-
-SamplerT = TypeVar("SamplerT")
+from meshd_plugins.builtin.llama.engine.jobs import (
+    Backend,
+    BackendRefused,
+    Broken,
+    Finished,
+    Job,
+    Output,
+    Row,
+    SamplerT,
+    Scope,
+    StateT,
+    Text,
+    Warm,
+)
+from meshd_plugins.builtin.llama.engine.prefixes import Kept, PrefixStore
+from meshd_plugins.builtin.llama.engine.slots import Slot, Slots
+from meshd_plugins.builtin.llama.engine.text import TextAssembler
 
 WAITING_MAX: Final = 64
-
-
-class Row(NamedTuple):
-    """One token of a batch."""
-
-    token: int
-    position: int  # in its sequence
-    slot: int
-    output: bool  # whether it will be sampled from
-
-
-class BackendRefused(Exception):
-    """The model could not compute this batch; its state is as before. The jobs in it are broken."""
-
-
-class Backend(Protocol[SamplerT]):
-    """What the scheduler needs of a model."""
-
-    def decode(self, rows: Sequence[Row]) -> None:
-        """Compute one batch. Raises BackendRefused; anything else means the context is lost."""
-        ...
-
-    def new_sampler(self, sampling: Sampling) -> SamplerT:
-        """Make the sampler of one job."""
-        ...
-
-    def sample(self, sampler: SamplerT, row: int) -> int:
-        """Choose the token that follows a row of the last batch."""
-        ...
-
-    def free_sampler(self, sampler: SamplerT) -> None:
-        """Give a sampler back."""
-        ...
-
-    def forget(self, slot: int) -> None:
-        """Empty the memory of a slot."""
-        ...
-
-    def piece(self, token: int) -> bytes:
-        """Return the bytes of a token."""
-        ...
-
-    def ends_text(self, token: int) -> bool:
-        """Whether the token means that the answer is complete."""
-        ...
+OLDEST_FIRST_EVERY: Final = 4  # steps
+MOVE_TOKENS_PER_REMAINING: Final = (
+    8  # a sequence is moved when it is that much shorter than what is to come
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,52 +53,24 @@ class EngineConfig:
 
     slots: int
     context_tokens: int  # of one slot
-    chunk_tokens: (
-        int  # prompt tokens in one step; more: faster prefill, longer steps for the others
-    )
+    chunk_tokens: int
+    """Prompt tokens in one step; more: faster prefill, longer steps for the others."""
     waiting_max: int = WAITING_MAX  # jobs without a slot; beyond it they are refused
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One request."""
-
-    id: int
-    prompt: tuple[int, ...]  # at least one token, fewer than the context holds
-    sampling: Sampling
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A part of a job's answer."""
-
-    job: int
-    piece: Piece
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A job's answer is complete."""
-
-    job: int
-    reason: Literal["stop", "length"]
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """A job could not go on."""
-
-    job: int
-    message: str
-
-
-Output: TypeAlias = Text | Finished | Broken
+    kept_bytes_max: int = 0  # sequences kept outside of the context; 0: none
+    pinned: tuple[tuple[int, ...], ...] = ()
+    """Beginnings of prompts that serve every caller, once one of them has computed them."""
+    alone_tokens: int = 0  # prompt tokens in one step while nobody generates; 0: `chunk_tokens`
 
 
 class EngineFull(Exception):
     """As many jobs wait as may. State: nothing was done."""
+
+
+class Step(NamedTuple):
+    """What a batch consisted of."""
+
+    prefill_tokens: int
+    decode_tokens: int
 
 
 @dataclass(slots=True)
@@ -132,141 +78,281 @@ class _Active(Generic[SamplerT]):
     """A job in its slot."""
 
     job: Job
-    slot: int
+    slot: Slot
     sampler: SamplerT
     text: TextAssembler
-    prefilled: int = 0  # prompt tokens computed
+    cached: int  # prompt tokens that were found computed
+    pin: int  # where a pinned beginning of its prompt ends that is not kept yet; 0: there is none
     next_token: int | None = None  # sampled, not computed yet; None while the prompt is not through
     generated: int = 0
-    rows: list[int] = field(default_factory=list[int])  # of the batch being built
+    tokens: tuple[int, ...] = ()  # in the batch being built
+    first_row: int = 0
+    waited: int = 0  # steps in which its prompt got no part of the chunk
+    started: int = 0  # order of admission
+
+    @property
+    def left(self) -> int:
+        """Prompt tokens to compute."""
+        return len(self.job.prompt) - len(self.slot.held)
 
 
-class Engine(Generic[SamplerT]):
+@dataclass(slots=True)
+class _Waiting:
+    """Jobs without a slot: callers take turns, each with its oldest job."""
+
+    by_caller: dict[str, deque[Job]] = field(default_factory=dict[str, deque[Job]])
+    count: int = 0
+
+    def add(self, job: Job) -> None:
+        self.by_caller.setdefault(job.scope.caller, deque()).append(job)
+        self.count += 1
+
+    def next(self) -> Job:
+        caller, jobs = next(iter(self.by_caller.items()))
+        job = jobs.popleft()
+        del self.by_caller[caller]
+        if jobs:
+            self.by_caller[caller] = jobs  # at the end: the others come first
+        self.count -= 1
+        return job
+
+    def remove(self, job_id: int) -> bool:
+        for caller, jobs in self.by_caller.items():
+            for job in jobs:
+                if job.id == job_id:
+                    jobs.remove(job)
+                    self.count -= 1
+                    if not jobs:
+                        del self.by_caller[caller]
+                    return True
+        return False
+
+
+class Engine(Generic[SamplerT, StateT]):
     """Drive it with `submit`, `cancel` and, while `busy`, `step`."""
 
-    def __init__(self, backend: Backend[SamplerT], config: EngineConfig) -> None:
+    def __init__(self, backend: Backend[SamplerT, StateT], config: EngineConfig) -> None:
         self._backend = backend
         self._config = config
-        self._waiting: deque[Job] = deque()
-        self._active: dict[int, _Active[SamplerT]] = {}  # by slot
-        self._free: deque[int] = deque(range(config.slots))
-        self._turn = 0  # which prompt goes first; rotates
+        self._waiting = _Waiting()
+        self._active: list[_Active[SamplerT]] = []  # in order of their slots
+        self._steps = 0
+        self._admitted = 0
+        self._changed = True
+        self._store: PrefixStore[StateT] = PrefixStore(config.kept_bytes_max)
+        self.slots: Slots[SamplerT, StateT] = Slots(backend, config.slots, self._store)
+        self.pinned = config.pinned
+        self.chunk_tokens = config.chunk_tokens  # may be changed between steps, like the next
+        self.alone_tokens = config.alone_tokens or config.chunk_tokens
+        self.last_step = Step(0, 0)
+        self.reused_tokens = 0  # prompt tokens that were found computed, since the start
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to compute."""
-        return bool(self._active or self._waiting)
+        return bool(self._active) or self._waiting.count > 0
 
     @property
     def free_slots(self) -> int:
         """Slots without a job."""
-        return len(self._free)
+        return self.slots.free
 
     @property
     def waiting(self) -> int:
         """Jobs without a slot."""
-        return len(self._waiting)
+        return self._waiting.count
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the sequences kept outside of the context take."""
+        return self._store.bytes
 
     def submit(self, job: Job) -> None:
         """Take a job. Raises EngineFull."""
         assert 0 < len(job.prompt) < self._config.context_tokens, (
             "the caller checks the prompt's length"
         )
-        if len(self._waiting) >= self._config.waiting_max + len(self._free):
+        if self._waiting.count >= self._config.waiting_max + self.slots.free:
             raise EngineFull
-        self._waiting.append(job)
+        self._waiting.add(job)
 
     def cancel(self, job_id: int) -> None:
         """Forget a job; its slot is free at once. Unknown and finished ones are ignored."""
-        for job in self._waiting:
-            if job.id == job_id:
-                self._waiting.remove(job)
-                return
-        for active in tuple(self._active.values()):
-            if active.job.id == job_id:
-                self._release(active)
+        if not self._waiting.remove(job_id):
+            for active in tuple(self._active):
+                if active.job.id == job_id:
+                    self._release(active)
 
     def step(self) -> list[Output]:
         """Compute one batch and return what came of it, in order."""
-        self._admit()
+        while self._waiting.count and self.slots.free:
+            self._admit(self._waiting.next())
+        self._close_gap()
         rows = self._build()
         if not rows:
             return []
+        self._steps += 1
         outputs: list[Output] = []
-        members = [active for active in self._active.values() if active.rows]
+        members = [active for active in self._active if active.tokens]
         try:
             self._backend.decode(rows)
         except BackendRefused as error:
             for active in members:
                 self._release(active)
+                self.slots.empty(active.slot)
                 outputs.append(Broken(active.job.id, str(error)))
             return outputs
         for active in members:
-            last = active.rows[-1]
-            if rows[last].output:
-                outputs += self._advance(active, self._backend.sample(active.sampler, last))
+            outputs += self._computed(active, rows)
         return outputs
 
-    def _admit(self) -> None:
-        while self._waiting and self._free:
-            job = self._waiting.popleft()
-            slot = self._free.popleft()
-            sampler = self._backend.new_sampler(job.sampling)
-            self._active[slot] = _Active(job, slot, sampler, TextAssembler(job.sampling.stop))
+    # -- sequences that need not be computed again ----------------------------------------------------
+
+    def warm(self) -> list[Warm]:
+        """The sequences that have a tag, those used last at the end."""
+        entries = [Warm(e.tag, len(e.tokens), e.scope) for e in self._store if e.tag]
+        slots = sorted((s for s in self.slots.all if s.tag), key=lambda s: s.used)
+        return [*entries, *(Warm(s.tag, len(s.held), s.scope) for s in slots)]
+
+    def export(self, tag: bytes, caller: str) -> Kept[StateT] | None:
+        """Copy the sequence that a caller's node knows by a tag; None when there is none of this caller."""
+        for slot in self.slots.all:
+            if slot.tag == tag and slot.scope.caller == caller:
+                return self.slots.save(slot)
+        for entry in self._store:
+            if entry.tag == tag and entry.scope.caller == caller and not entry.pinned:
+                return entry
+        return None
+
+    def adopt(self, kept: Kept[StateT]) -> bool:
+        """Take a sequence that another node computed; False: there is no room for it."""
+        return self._store.put(kept)
+
+    # -- one step ----------------------------------------------------------------------------------------
+
+    def _admit(self, job: Job) -> None:
+        slot, cached = self.slots.take(job)
+        self._admitted += 1
+        active = _Active(
+            job=job,
+            slot=slot,
+            sampler=self._backend.new_sampler(job.sampling),
+            text=TextAssembler(job.sampling.stop),
+            cached=cached,
+            pin=self._unkept_pin(job.prompt, cached),
+            started=self._admitted,
+        )
+        self.reused_tokens += cached
+        self._insert(active)
+
+    def _insert(self, active: _Active[SamplerT]) -> None:
+        self._active.append(active)
+        self._active.sort(key=lambda a: a.slot.index)
+
+    def _unkept_pin(self, prompt: tuple[int, ...], cached: int) -> int:
+        kept = {entry.tokens for entry in self._store if entry.pinned}
+        ends = [
+            len(pin)
+            for pin in self.pinned
+            if cached < len(pin) < len(prompt) and prompt[: len(pin)] == pin and pin not in kept
+        ]
+        return min(ends, default=0)
+
+    def _close_gap(self) -> None:
+        """Move the last sequence into a gap between the others, when enough of it is to come."""
+        if self.slots.gap is None:
+            return
+        last = self._active[-1]
+        remaining = last.job.sampling.max_tokens - last.generated + last.left
+        if not last.slot.held or remaining * MOVE_TOKENS_PER_REMAINING < len(last.slot.held):
+            return
+        if (slot := self.slots.close_gap(last.slot)) is not None:
+            self._active.remove(last)
+            last.slot = slot
+            self._insert(last)
 
     def _build(self) -> list[Row]:
+        self._share_chunk()
         rows: list[Row] = []
-        prefilling: list[_Active[SamplerT]] = []
-        for active in self._active.values():
-            active.rows.clear()
-            if active.next_token is None:
-                prefilling.append(active)
-            else:
-                active.rows.append(len(rows))
-                position = len(active.job.prompt) + active.generated - 1
-                rows.append(Row(active.next_token, position, active.slot, output=True))
-        budget = self._config.chunk_tokens
-        self._turn += 1
-        for index in range(len(prefilling)):
-            active = prefilling[(index + self._turn) % len(prefilling)]
-            prompt = active.job.prompt
-            end = min(active.prefilled + budget, len(prompt))
-            for position in range(active.prefilled, end):
-                active.rows.append(len(rows))
-                rows.append(
-                    Row(prompt[position], position, active.slot, output=position == len(prompt) - 1)
-                )
-            budget -= end - active.prefilled
-            active.prefilled = end
+        prefill = 0
+        for active in self._active:
+            active.first_row = len(rows)
+            start, slot = len(active.slot.held), active.slot.index
+            if active.next_token is not None:
+                active.tokens = (active.next_token,)
+                rows.append(Row(active.next_token, start, slot, output=True))
+                continue
+            prefill += len(active.tokens)
+            rows += [Row(t, p, slot, output=False) for p, t in enumerate(active.tokens, start)]
+            if active.tokens and len(active.tokens) == active.left:
+                rows[-1] = rows[-1]._replace(output=True)
+        self.last_step = Step(prefill, len(rows) - prefill)
         return rows
 
-    def _advance(self, active: _Active[SamplerT], token: int) -> list[Output]:
-        """Take a sampled token; the job goes on with it, or ends."""
-        job = active.job
+    def _share_chunk(self) -> None:
+        """Say which prompt tokens are in the next batch: `tokens` of each sequence that prefills."""
+        prefilling = [active for active in self._active if active.next_token is None]
+        prefilling.sort(key=lambda a: (a.left, a.started))
+        if len(prefilling) > 1 and self._steps % OLDEST_FIRST_EVERY == 0:
+            oldest = max(prefilling, key=lambda a: (a.waited, -a.started))
+            prefilling.remove(oldest)
+            prefilling.insert(0, oldest)
+        alone = len(prefilling) == len(self._active)
+        budget = self.alone_tokens if alone else self.chunk_tokens
+        for active in prefilling:
+            start = len(active.slot.held)
+            end = min(start + budget, len(active.job.prompt), active.pin or len(active.job.prompt))
+            active.tokens = active.job.prompt[start:end]
+            active.waited = 0 if active.tokens else active.waited + 1
+            budget -= end - start
+
+    def _computed(self, active: _Active[SamplerT], rows: list[Row]) -> list[Output]:
+        """Take over what the batch computed for one job."""
+        last = active.first_row + len(active.tokens) - 1
+        active.slot.held += active.tokens
+        if active.pin and len(active.slot.held) == active.pin:
+            self._keep_pin(active)
+        if not rows[last].output:
+            return []
+        if active.next_token is None:
+            active.slot.tag = active.job.tag
+        try:
+            token = self._backend.sample(active.sampler, last)
+        except BackendRefused as error:  # its grammar leaves no token: the others are not concerned
+            self._release(active)
+            return [Broken(active.job.id, str(error))]
+        count = active.job.sampling.logprobs
+        logprob = None if count is None else self._backend.logprob(last, token, count)
         if self._backend.ends_text(token):
             return self._finish(active, "stop")
         active.generated += 1
         outputs: list[Output] = []
-        if piece := active.text.add(token, self._backend.piece(token)):
-            outputs.append(Text(job.id, piece))
+        if piece := active.text.add(token, self._backend.piece(token), logprob):
+            outputs.append(Text(active.job.id, piece))
         if active.text.stopped:
             return outputs + self._finish(active, "stop")
-        full = len(job.prompt) + active.generated >= self._config.context_tokens
-        if full or active.generated >= job.sampling.max_tokens:
+        full = len(active.slot.held) + 1 >= self._config.context_tokens
+        if full or active.generated >= active.job.sampling.max_tokens:
             return outputs + self._finish(active, "length")
         active.next_token = token
         return outputs
+
+    def _keep_pin(self, active: _Active[SamplerT]) -> None:
+        kept = self.slots.save(active.slot)
+        if kept is not None:
+            self._store.put(Kept(kept.tokens, kept.state, Scope(), b"", pinned=True))
+        active.pin = self._unkept_pin(active.job.prompt, active.pin)
 
     def _finish(self, active: _Active[SamplerT], reason: Literal["stop", "length"]) -> list[Output]:
         outputs: list[Output] = []
         if piece := active.text.finish():
             outputs.append(Text(active.job.id, piece))
         self._release(active)
-        outputs.append(Finished(active.job.id, reason, len(active.job.prompt), active.generated))
+        prompt = len(active.job.prompt)
+        outputs.append(Finished(active.job.id, reason, prompt, active.generated, active.cached))
         return outputs
 
     def _release(self, active: _Active[SamplerT]) -> None:
-        del self._active[active.slot]
+        self._active.remove(active)
         self._backend.free_sampler(active.sampler)
-        self._backend.forget(active.slot)
-        self._free.append(active.slot)
+        self.slots.release(active.slot)

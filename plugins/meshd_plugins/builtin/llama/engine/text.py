@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import codecs
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Logprob(NamedTuple):
+    """How likely a token was, before any sampler had a say."""
+
+    token: int
+    logprob: float  # natural logarithm
+    top: tuple[tuple[int, float], ...]  # the likeliest tokens in its place, best first
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +22,7 @@ class Piece:
     text: str
     token_ids: tuple[int, ...]
     position: int  # tokens of the answer before these
+    logprobs: tuple[Logprob, ...] = ()  # one a token, where they were asked for
 
 
 class TextAssembler:
@@ -28,12 +38,15 @@ class TextAssembler:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self._tokens: list[int] = []
+        self._logprobs: list[Logprob] = []
         self._position = 0
         self.stopped = False  # a stop string was found
 
-    def add(self, token: int, data: bytes) -> Piece | None:
+    def add(self, token: int, data: bytes, logprob: Logprob | None = None) -> Piece | None:
         """Take the next token and its bytes; return what may be shown now."""
         self._tokens.append(token)
+        if logprob is not None:
+            self._logprobs.append(logprob)
         self._held += self._decoder.decode(data)
         return self._release(final=False)
 
@@ -55,9 +68,10 @@ class TextAssembler:
             text, self._held = self._held[:split], self._held[split:]
         if not text and not (self._tokens and (final or self.stopped)):
             return None
-        piece = Piece(text, tuple(self._tokens), self._position)
+        piece = Piece(text, tuple(self._tokens), self._position, tuple(self._logprobs))
         self._position += len(self._tokens)
         self._tokens.clear()
+        self._logprobs.clear()
         return piece
 
     def _find_stop(self) -> int | None:

@@ -8,38 +8,47 @@ passed. Else it says hello when the model is loaded, warm and measured, then ans
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
 
+from meshd_plugins.api import ModelFacts
 from meshd_plugins.builtin.llama.arguments import Arguments
 from meshd_plugins.builtin.llama.engine.scheduler import Engine, EngineConfig
+from meshd_plugins.builtin.llama.fit import shape_of
+from meshd_plugins.builtin.llama.models.adapter import AdapterMismatch
 from meshd_plugins.builtin.llama.models.digest import Mark
 from meshd_plugins.builtin.llama.models.facts import describe_model, facts_to_wire
 from meshd_plugins.builtin.llama.models.gguf import GgufError, read_gguf
+from meshd_plugins.builtin.llama.models.pooling import NoClassifier, Pooling, pooling_of
 from meshd_plugins.builtin.llama.prompt.template import ChatTemplate, TemplateError
+from meshd_plugins.builtin.llama.prompt.tools import tools_of
+from meshd_plugins.builtin.llama.worker.adapters import check_adapters
 from meshd_plugins.builtin.llama.worker.backend import (
-    BATCH_TOKENS_MAX,
     BackendConfig,
     LlamaBackend,
     ModelUnusable,
 )
+from meshd_plugins.builtin.llama.worker.bench import Bench, resident_bytes
+from meshd_plugins.builtin.llama.worker.devices import list_devices
+from meshd_plugins.builtin.llama.worker.embed_service import Embedding
+from meshd_plugins.builtin.llama.worker.embedding import EmbeddingBackend, EmbeddingLoad
+from meshd_plugins.builtin.llama.worker.generation import Generation
+from meshd_plugins.builtin.llama.worker.handoff import Handoff
 from meshd_plugins.builtin.llama.worker.measure import measure
-from meshd_plugins.builtin.llama.worker.service import (
+from meshd_plugins.builtin.llama.worker.parts import (
     EXIT_MODEL_CHANGED,
     EXIT_MODEL_UNUSABLE,
     Service,
     fail,
 )
-from meshd_plugins.workerkit import Closed, Link, main
+from meshd_plugins.builtin.llama.worker.rpc_binding import RpcUnavailable, rpc_build
+from meshd_plugins.builtin.llama.worker.rpc_socket import NoLoopback
+from meshd_plugins.builtin.llama.worker.status import Status
+from meshd_plugins.workerkit import Closed, Link, Message, main
 
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _loading(arguments: Arguments) -> BackendConfig:
+def _loading(arguments: Arguments, isolation: Message) -> BackendConfig:
     """For llama.cpp: the file is opened anew through its descriptor, never by its name."""
     return BackendConfig(
         path=f"/proc/self/fd/{arguments.file}",
@@ -47,7 +56,51 @@ def _loading(arguments: Arguments) -> BackendConfig:
         context_tokens=arguments.context_tokens,
         threads=arguments.threads,
         gpu_layers=arguments.gpu_layers,
+        batch_tokens=arguments.batch_tokens,
+        flash_attention=arguments.flash_attention,
+        adapters=arguments.adapters,
+        parts=arguments.parts,
+        isolation=isolation,
     )
+
+
+def _refuse(link: Link, why: str, code: str) -> None:
+    """Say that the file cannot be used, and wait for the end."""
+    link.hello({"refused": why, "code": code})
+    _wait_for_the_end(link)
+
+
+def _wait_for_the_end(link: Link) -> None:
+    while not isinstance(link.receive(None), Closed):
+        pass
+
+
+def _serve_embedding(
+    link: Link, arguments: Arguments, facts: ModelFacts, pooling: Pooling, started_s: float
+) -> None:
+    """The same for a model that makes vectors or scores."""
+    try:
+        backend = EmbeddingBackend(EmbeddingLoad.of(arguments, pooling))
+    except AdapterMismatch as error:
+        _refuse(link, str(error), error.code)
+        return
+    except (ModelUnusable, ImportError, OSError) as error:
+        fail(EXIT_MODEL_UNUSABLE, f"{type(error).__name__}: {error}")
+    if Mark.of(arguments.file) != arguments.mark:
+        fail(EXIT_MODEL_CHANGED, f"{arguments.path} changed after it was verified")
+    link.hello(
+        {
+            "model": facts_to_wire(facts),
+            "embedding": backend.measure().to_wire(),
+            "load_s": time.monotonic() - started_s,
+            "context_tokens": backend.text_tokens,
+            "threads": backend.threads,
+            "build": backend.build,
+            "system": backend.system,
+            "resident_bytes": resident_bytes(),
+        }
+    )
+    Service(link, (Embedding(link, backend, pooling),), arguments.file, arguments.mark).run()
 
 
 def serve(link: Link) -> None:
@@ -57,13 +110,43 @@ def serve(link: Link) -> None:
     try:
         header = read_gguf(arguments.file)
     except GgufError as error:
-        link.hello({"refused": str(error), "code": error.code})
-        while not isinstance(link.receive(None), Closed):
-            pass
+        _refuse(link, str(error), error.code)
         return
-    facts = describe_model(header, Path(arguments.path), arguments.digest, arguments.family)
     try:
-        backend = LlamaBackend(_loading(arguments))
+        pooling = pooling_of(header, wanted=arguments.embeddings, override=arguments.pooling)
+        check_adapters(header, arguments.adapters)
+    except (NoClassifier, AdapterMismatch) as error:
+        _refuse(link, str(error), error.code)
+        return
+    facts = describe_model(
+        header, Path(arguments.path), arguments.digest, arguments.family, pooling or ""
+    )
+    if arguments.inspect:
+        shape, devices = shape_of(header).to_wire(), list_devices() if arguments.gpu_layers else []
+        link.hello(
+            {
+                "model": facts_to_wire(facts),
+                "shape": shape,
+                "devices": devices,
+                "rpc_build": rpc_build(),
+            }
+        )
+        _wait_for_the_end(link)
+        return
+    if pooling is not None and arguments.parts:
+        _refuse(link, "a model that makes vectors cannot be split", "not_split")
+        return
+    if pooling is not None:
+        _serve_embedding(link, arguments, facts, pooling, started_s)
+        return
+    try:
+        backend = LlamaBackend(_loading(arguments, link.isolation))
+    except AdapterMismatch as error:
+        _refuse(link, str(error), error.code)
+        return
+    except (NoLoopback, RpcUnavailable) as error:
+        _refuse(link, str(error), "not_split")
+        return
     except (ModelUnusable, ImportError, OSError) as error:
         fail(EXIT_MODEL_UNUSABLE, f"{type(error).__name__}: {error}")
     if Mark.of(arguments.file) != arguments.mark:
@@ -75,12 +158,17 @@ def serve(link: Link) -> None:
             template = ChatTemplate(source, backend.vocabulary.special_tokens)
         except TemplateError as error:
             template_error = str(error)
-    # A batch must hold a token of every slot beside the chunk.
-    chunk = min(measured.chunk_tokens, BATCH_TOKENS_MAX - arguments.slots)
+    chunk = min(arguments.chunk_tokens, backend.batch_tokens - arguments.slots)
     sizes = EngineConfig(
-        slots=arguments.slots, context_tokens=backend.context_tokens, chunk_tokens=chunk
+        slots=arguments.slots,
+        context_tokens=backend.context_tokens,
+        chunk_tokens=max(chunk, 1),
+        kept_bytes_max=arguments.kept_bytes_max,
     )
     engine = Engine(backend, sizes)
+    generation = Generation(link, backend, engine, template, measured, chunk)
+    shared = map(generation.shared_tokens, arguments.shared_prompts)
+    engine.pinned = tuple(tokens for tokens in shared if tokens)
     link.hello(
         {
             "model": facts_to_wire(facts),
@@ -91,16 +179,25 @@ def serve(link: Link) -> None:
             },
             "load_s": time.monotonic() - started_s,
             "context_tokens": backend.context_tokens,
-            "chunk_tokens": chunk,
+            "chunk_tokens": engine.chunk_tokens,
+            "step_s": backend.batch_tokens / max(measured.prefill_tokens_per_s, 0.1),
             "threads": backend.threads,
             "build": backend.build,
+            "kv_bytes_per_token": backend.layout.bytes_per_token if backend.layout else 0,
             "system": backend.system,
             "chat": template is not None,
             "chat_template_error": template_error,
-            "resident_bytes": _resident_bytes(),
+            "tools": tools_of(template),
+            "resident_bytes": resident_bytes(),
         }
     )
-    Service(arguments, link, backend, engine, template).run()
+    parts = (
+        generation,
+        Status(link, engine, generation.pace, backend.context_tokens * arguments.slots),
+        Bench(link, backend, engine),
+        Handoff(link, backend, engine, arguments.kept_bytes_max),
+    )
+    Service(link, parts, arguments.file, arguments.mark).run()
 
 
 if __name__ == "__main__":

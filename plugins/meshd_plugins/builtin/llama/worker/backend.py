@@ -5,18 +5,28 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from meshd_plugins.builtin.llama.engine.scheduler import BackendRefused, Row
+from meshd_plugins.api import Value
+from meshd_plugins.builtin.llama.arguments import Adapter, RemotePart
+from meshd_plugins.builtin.llama.engine.jobs import BackendRefused, Row
+from meshd_plugins.builtin.llama.engine.text import Logprob
 from meshd_plugins.builtin.llama.sampling import Sampling
+from meshd_plugins.builtin.llama.worker.adapters import put_on
+from meshd_plugins.builtin.llama.worker.devices import list_devices
+from meshd_plugins.builtin.llama.worker.kv_layout import Layout, LayoutError, learn_layout
 from meshd_plugins.builtin.llama.worker.low_level import import_low_level
+from meshd_plugins.builtin.llama.worker.rpc_client import split_over
 from meshd_plugins.builtin.llama.worker.samplers import Samplers
 from meshd_plugins.builtin.llama.worker.vocabulary import Vocabulary
+from meshd_plugins.workerkit import Message
 
 BATCH_TOKENS_MAX: Final = 512
 DECODE_NO_SLOT: Final = 1
+FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
 _LOG_WARN, _LOG_ERROR = (
     3,
     4,
@@ -36,6 +46,26 @@ class BackendConfig:
     context_tokens: int  # of one slot
     threads: int  # 0: one a physical core
     gpu_layers: int  # -1: all that fit the device
+    batch_tokens: int = BATCH_TOKENS_MAX  # of one step at most
+    flash_attention: str = "auto"  # or on, off
+    adapters: tuple[Adapter, ...] = ()  # LoRA, always on
+    parts: tuple[RemotePart, ...] = ()  # what other nodes hold
+    isolation: Message = field(
+        default_factory=dict[str, Value]
+    )  # of this process: they need loopback
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceState:
+    """The memory of one sequence as llama.cpp writes it."""
+
+    data: Any  # ctypes array of bytes
+    size_bytes: int
+
+    @classmethod
+    def of(cls, buffer: bytearray) -> SequenceState:
+        """Over a buffer that is not copied, and must not be changed any more."""
+        return cls((ctypes.c_uint8 * len(buffer)).from_buffer(buffer), len(buffer))
 
 
 def physical_cores() -> int:
@@ -52,7 +82,7 @@ def physical_cores() -> int:
 
 
 class LlamaBackend:
-    """Implements `Backend`; a sampler is the pointer to a chain."""
+    """Implements `Backend` over llama.cpp."""
 
     def __init__(self, config: BackendConfig) -> None:
         """Load the model and make its context. Raises ModelUnusable."""
@@ -62,6 +92,8 @@ class LlamaBackend:
         api.llama_backend_init()
         parameters = api.llama_model_default_params()
         parameters.n_gpu_layers = config.gpu_layers
+        if config.parts:
+            self._remote = split_over(parameters, config.parts, config.isolation)
         self._model = api.llama_model_load_from_file(os.fsencode(config.path), parameters)
         if not self._model:
             raise ModelUnusable("llama.cpp cannot load it")
@@ -71,8 +103,8 @@ class LlamaBackend:
         options = api.llama_context_default_params()
         options.n_ctx = config.context_tokens * config.slots
         options.n_seq_max = config.slots
-        options.n_batch = BATCH_TOKENS_MAX
-        options.n_ubatch = BATCH_TOKENS_MAX
+        options.n_batch = options.n_ubatch = self.batch_tokens = config.batch_tokens
+        options.flash_attn_type = FLASH_ATTENTION[config.flash_attention]
         options.n_outputs_max = max(
             config.slots, 1
         )  # rows of logits kept; the default is one a batch token
@@ -81,9 +113,28 @@ class LlamaBackend:
         self._context = api.llama_init_from_model(self._model, options)
         if not self._context:
             raise ModelUnusable(f"no memory for a context of {options.n_ctx} tokens")
+        put_on(api, self._model, self._context, config.adapters)
         self._memory = api.llama_get_memory(self._context)
-        self._batch = api.llama_batch_init(BATCH_TOKENS_MAX, 0, 1)
+        # A recurrent model and a sliding window have no memory of every past token to go back to.
+        self._forgets_parts = not (
+            api.llama_model_is_recurrent(self._model)
+            or api.llama_model_is_hybrid(self._model)
+            or api.llama_model_n_swa(self._model) > 0
+        )
+        self._batch = api.llama_batch_init(config.batch_tokens, 0, 1)
         self._slots = config.slots
+        self.offloads = bool(config.parts) or (config.gpu_layers != 0 and bool(list_devices()))
+        self.layout: Layout | None = None  # of a sequence's memory; None: it is not handed over
+
+    def use_threads(self, threads: int) -> None:
+        """From the next batch on."""
+        self._api.llama_set_n_threads(self._context, threads, threads)
+
+    def close(self) -> None:
+        """Give everything back; samplers must have been freed."""
+        self._api.llama_batch_free(self._batch)
+        self._api.llama_free(self._context)
+        self._api.llama_model_free(self._model)
 
     @property
     def context_tokens(self) -> int:
@@ -107,7 +158,7 @@ class LlamaBackend:
     def decode(self, rows: Sequence[Row]) -> None:
         """Compute one batch. Raises BackendRefused; RuntimeError when the context is lost."""
         batch = self._batch
-        assert len(rows) <= BATCH_TOKENS_MAX
+        assert len(rows) <= self.batch_tokens
         for index, row in enumerate(rows):
             batch.token[index] = row.token
             batch.pos[index] = row.position
@@ -122,20 +173,55 @@ class LlamaBackend:
             raise RuntimeError(f"llama_decode returned {status}")
 
     def new_sampler(self, sampling: Sampling) -> Any:
-        """Make the sampler of one job: a pointer."""
+        """Make the sampler of one job. Raises GrammarUnusable."""
         return self.samplers.new(sampling)
 
     def sample(self, sampler: Any, row: int) -> int:
         """Choose the token that follows a row of the last batch, and let the penalties know."""
-        return int(self._api.llama_sampler_sample(sampler, self._context, row))
+        return self.samplers.sample(sampler, self._context, row)
 
     def free_sampler(self, sampler: Any) -> None:
         """Give a chain back, with all that is in it."""
         self.samplers.free(sampler)
 
-    def forget(self, slot: int) -> None:
-        """Empty the memory of a slot."""
+    def logprob(self, row: int, token: int, count: int) -> Logprob:
+        """How likely the token was at a row of the last batch, and the `count` likeliest beside it."""
+        return self.samplers.logprob(self._context, row, token, count)
+
+    def keep(self, slot: int, tokens: int) -> bool:
+        """Let a slot remember its first tokens only; False: it cannot forget a part, and is empty."""
+        forget = self._api.llama_memory_seq_rm
+        if tokens and self._forgets_parts and forget(self._memory, slot, tokens, -1):
+            return True
+        forget(self._memory, slot, -1, -1)
+        return tokens == 0
+
+    def save(self, slot: int) -> SequenceState | None:
+        """Copy the memory of a slot."""
+        size = int(self._api.llama_state_seq_get_size(self._context, slot))
+        if size == 0:
+            return None
+        state = SequenceState.of(bytearray(size))
+        written = int(self._api.llama_state_seq_get_data(self._context, state.data, size, slot))
+        return state if written == size else None
+
+    def learn_layout(self, slot: int) -> None:
+        """Understand how sequences are laid out, from a slot that holds something."""
+        state = self.save(slot)
+        if state is not None:
+            with suppress(LayoutError):
+                self.layout = learn_layout(memoryview(state.data).cast("B"))
+
+    def restore(self, slot: int, state: SequenceState) -> bool:
+        """Replace the memory of a slot by a copy."""
+        size = state.size_bytes
+        # The copy of an empty sequence has no cells, and llama.cpp then leaves what is there.
         self._api.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        read = int(self._api.llama_state_seq_set_data(self._context, state.data, size, slot))
+        if read == size:
+            return True
+        self._api.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        return False
 
     def piece(self, token: int) -> bytes:
         """Return the bytes of a token; control tokens have none."""

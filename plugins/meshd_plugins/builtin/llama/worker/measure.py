@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from meshd_plugins.builtin.llama.engine.scheduler import Row
+from meshd_plugins.builtin.llama.engine.jobs import Row
 from meshd_plugins.builtin.llama.sampling import Sampling
 from meshd_plugins.builtin.llama.worker.backend import LlamaBackend
 
 CHUNK_S: Final = 0.4  # how long a prefill chunk may hold up the sequences that generate
+ALONE_S: Final = 1.0  # the same while none generates: a request that comes meanwhile waits for it
 CHUNK_TOKENS_MIN: Final = 16
-CHUNK_TOKENS_MAX: Final = 128
+TILE_TOKENS: Final = 64  # of queries, in llama.cpp's attention on a processor
 MEASURE_PREFILL_TOKENS: Final = 64
 MEASURE_DECODE_TOKENS: Final = 24
 MEASURE_S: Final = 0.3  # the decode measurement ends here at the latest
@@ -27,12 +28,20 @@ class Measured:
     decode_tokens_per_s: float
     by_batch: Mapping[int, float]
 
-    @property
-    def chunk_tokens(self) -> int:
-        """Prompt tokens that take about `CHUNK_S`."""
-        return max(
-            CHUNK_TOKENS_MIN, min(CHUNK_TOKENS_MAX, int(self.prefill_tokens_per_s * CHUNK_S))
-        )
+    def expected(self, sequences: int) -> float:
+        """Tokens a second of that many sequences together, between what was measured."""
+        below = max((size for size in self.by_batch if size <= sequences), default=1)
+        above = min((size for size in self.by_batch if size >= sequences), default=below)
+        rate, next_rate = self.by_batch[below], self.by_batch[above]
+        share = (sequences - below) / (above - below) if above > below else 0.0
+        return max(rate + share * (next_rate - rate), 0.1)
+
+
+def chunk_tokens(prefill_tokens_per_s: float, seconds: float, most: int) -> int:
+    """Prompt tokens that take about so long: whole tiles, of which attention is computed faster."""
+    tokens = max(CHUNK_TOKENS_MIN, int(prefill_tokens_per_s * seconds))
+    tokens = min(most, tokens)
+    return max(1, tokens - tokens % TILE_TOKENS if tokens > TILE_TOKENS else tokens)
 
 
 def measure(backend: LlamaBackend, slots: int) -> Measured:
@@ -41,9 +50,10 @@ def measure(backend: LlamaBackend, slots: int) -> Measured:
     started_s = time.monotonic()
     backend.decode([Row(position, position, 0, output=position == 7) for position in range(8)])
     slow = time.monotonic() - started_s > 1.0
+    backend.learn_layout(0)
     tokens = 8 if slow else MEASURE_PREFILL_TOKENS
     for slot in range(slots):
-        backend.forget(slot)
+        backend.keep(slot, 0)
     started_s = time.monotonic()
     backend.decode([Row(100 + n, n, 0, output=n == tokens - 1) for n in range(tokens)])
     sampler = backend.new_sampler(greedy)
@@ -53,12 +63,12 @@ def measure(backend: LlamaBackend, slots: int) -> Measured:
     if slots > 1:
         for slot in range(1, slots):
             backend.decode([Row(100 + n, n, slot, output=n == 7) for n in range(8)])
-        backend.forget(0)
+        backend.keep(0, 0)
         backend.decode([Row(100 + n, n, 0, output=n == 7) for n in range(8)])
         by_batch[slots] = _decode_rate(backend, sampler, token, 8, tuple(range(slots)))
     backend.free_sampler(sampler)
     for slot in range(slots):
-        backend.forget(slot)
+        backend.keep(slot, 0)
     return Measured(prefill, by_batch[1], by_batch)
 
 
