@@ -21,6 +21,10 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
+# As in a worker: ggml's threads that wait by spinning take the processor from all tests beside them. Read when the
+# library is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = ("alone", "integration", "e2e", "fuzz")
 """What begins first: the longest chains, then what waits."""

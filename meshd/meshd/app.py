@@ -33,6 +33,7 @@ from meshd.core.membership import MemberState
 from meshd.edge.limits import ConnectionLimits
 from meshd.edge.server import EdgeError, serve_edge
 from meshd.orchestrate.access_view import is_access_question
+from meshd.orchestrate.handoff import is_handoff
 from meshd.orchestrate.host import HostChange
 from meshd.orchestrate.incidents import event_fields, event_name
 from meshd.orchestrate.inspection import is_inspection
@@ -182,6 +183,7 @@ class Daemon(Assembly):
             await self._host.drain()
         if waited.cancelled_caught:
             self._log.warning("daemon.cut_off", in_flight=self._host.in_flight)
+        self._plugin_peers.close()
         await self._announce_leave()
         with trio.move_on_after(STREAM_DRAIN_S):
             await self._streams.drain()
@@ -257,6 +259,8 @@ class Daemon(Assembly):
             self._access.policy.members_changed()
         if is_access_question(call):
             return await self._access_view.serve(call)
+        if is_handoff(call):
+            return await self._prefix_server.serve(call)
         return await self._call_server.serve(call)
 
     def _gossip_from_stream(self, sender: NodeId, epoch: Epoch, payload: bytes) -> None:

@@ -16,7 +16,7 @@ from typing import Final
 import trio
 
 from meshd import __version__
-from meshd.config import Config, describe
+from meshd.config import Config, describe, handoff_config
 from meshd.config.gossip import gossip_config
 from meshd.core.effects import Address
 from meshd.core.events import (
@@ -25,6 +25,7 @@ from meshd.core.events import (
 from meshd.core.membership import LocalNode, MemberState, MemberView
 from meshd.core.mux import MuxConfig
 from meshd.core.node import NodeCore
+from meshd.core.prefixes import SECRET_BYTES, Tagger
 from meshd.core.scheduler import ExpectedTimePolicy, Scheduler, SchedulerConfig
 from meshd.core.sealing import Opener, Sealer
 from meshd.edge.app import build_app
@@ -38,14 +39,18 @@ from meshd.orchestrate.access_view import AccessView
 from meshd.orchestrate.announcer import Announcer
 from meshd.orchestrate.catalogue import Catalogue
 from meshd.orchestrate.executor import Executor
+from meshd.orchestrate.handoff import HandoffStatistics, PrefixServer
 from meshd.orchestrate.host import CapabilityHost, HostChange
 from meshd.orchestrate.lookout import Lookout
 from meshd.orchestrate.mesh import Faces, Mesh
 from meshd.orchestrate.parts import Discovered, Parts, at
+from meshd.orchestrate.plugin_peers import PluginPeers
+from meshd.orchestrate.prefix_fetcher import PrefixFetcher
 from meshd.orchestrate.presence import announcement, node_value
 from meshd.orchestrate.remote import CallServer, PeerCapabilities
 from meshd.orchestrate.router import Router, RouterConfig
 from meshd.orchestrate.trust_desk import TrustDesk
+from meshd.orchestrate.warmth import Warmth
 from meshd.shell.addresses import (
     ANY,
     Whereabouts,
@@ -140,8 +145,18 @@ class Assembly(ABC):
             mesh_s=self._trust.gate.now_s,
             log=log,
         )
+        self._fetcher = PrefixFetcher(
+            self._me,
+            self._streams,
+            self._catalogue,
+            self._access.passports,
+            handoff_config(config.handoff),
+            HandoffStatistics(),
+            log,
+        )
         self._host = CapabilityHost(
             guard=self._access.guard,
+            warmer=self._fetcher.warm,
             departed=self._access.departed,
             queue_max=config.limits.queue_max,
             changed=self._capability_changed,
@@ -268,6 +283,19 @@ class Assembly(ABC):
             audit=access.audit,
             name_of=self._catalogue.name_of,
         )
+        self._plugin_peers = PluginPeers(
+            self._me, self._streams, self._catalogue, access.guard, access.audit
+        )
+        self._prefix_server = PrefixServer(
+            self._host,
+            access.guard,
+            access.passports,
+            access.audit,
+            handoff_config(config.handoff),
+            self._fetcher.statistics,
+            log,
+            self._catalogue.name_of,
+        )
         scheduling = SchedulerConfig()
         router = Router(
             RouterConfig(
@@ -284,6 +312,12 @@ class Assembly(ABC):
                 self._streams, access.passports, access.audit, self._catalogue.name_of
             ),
             access.guard,
+            Warmth(
+                self._catalogue,
+                Tagger(secrets.token_bytes(SECRET_BYTES)),
+                trio.current_time,
+                handoff_config(config.handoff),
+            ),
         )
         self._access_view = AccessView(
             access,
@@ -319,6 +353,7 @@ class Assembly(ABC):
             access=self._access_view,
             trust=self._trust_desk,
             desk=self._join_desk,
+            operate=self._plugins.operate,
         )
 
     def _build_lookout(self, router: Router) -> Lookout:
@@ -338,6 +373,7 @@ class Assembly(ABC):
             announcer=self._announcer,
             catalogue=self._catalogue,
             router=router,
+            handoff=self._fetcher.statistics,
             audit=self._access.audit,
             trust=self._trust_desk,
             address=lambda: self._address,
@@ -345,6 +381,7 @@ class Assembly(ABC):
             software=SOFTWARE,
             began_s=self._began_s,
             plugin_statistics=self._plugins.statistics,
+            plugin_complaints=self._plugins.complaints,
         )
         return Lookout(parts, time.time)
 
@@ -374,6 +411,7 @@ class Assembly(ABC):
             supervisor=self._supervisor,
             log=self._log,
             clock=trio.current_time,
+            peers=self._plugin_peers,
         )
 
     def _stream_listener(self) -> trio.SocketListener:

@@ -57,18 +57,22 @@ FIELDS: Mapping[str, FieldType] = {
     "architecture": FieldType.TEXT,
     "context": FieldType.NUMBER,  # tokens
     "decode_tokens_per_s": FieldType.NUMBER,  # one sequence, measured
+    "dimensions": FieldType.NUMBER,  # of a vector
     "family": FieldType.TEXT,
     "label": FieldType.TEXTS,  # of the node
     "licence": FieldType.TEXT,
     "modality": FieldType.TEXTS,
     "model": FieldType.MODEL,
     "parameters": FieldType.NUMBER,  # count
+    "pooling": FieldType.TEXT,
     "prefill_tokens_per_s": FieldType.NUMBER,
     "price": FieldType.NUMBER,  # per million tokens
     "privacy": FieldType.PRIVACY,
     "quant": FieldType.QUANTISATION,
+    "resident": FieldType.TEXT,  # true or false: in memory, or to be loaded first
     "size_bytes": FieldType.NUMBER,
     "slots": FieldType.NUMBER,
+    "texts_per_s": FieldType.NUMBER,  # vectors or scores, measured
     "zone": FieldType.TEXT,  # of the node
 }
 ALIASES: Mapping[str, str] = {
@@ -201,7 +205,8 @@ def satisfies(constraint: Constraint, have: Value) -> bool:
             level = PRIVACIES.get(have.lower()) if isinstance(have, str) else have
             return _compare_numbers(operator, level, PRIVACIES[str(want)], otherwise=absent)
         case FieldType.TEXT:
-            same = isinstance(have, str) and have.lower() == want
+            text = str(have) if isinstance(have, bool) else have
+            same = isinstance(text, str) and text.lower() == want
             return same is (operator is Operator.EQ)
         case FieldType.TEXTS | FieldType.MODEL:
             same = _any_same(have, str(want), prefixes=kind is FieldType.MODEL)

@@ -28,6 +28,7 @@ class Offer:
     slots: int = 1  # requests served at once
     privacy: Privacy = Privacy.MESH  # the widest distance from which it may be called
     rates: Rates | None = None  # None: has no notion of tokens
+    kv_key: str = ""  # what KV state must be made for to be of use there; "": none is
 
     @property
     def weight(self) -> int:
@@ -88,4 +89,5 @@ def offer_from_descriptor(
         slots=max(1, descriptor.slots),
         privacy=descriptor.privacy,
         rates=rates,
+        kv_key=model.kv_key if model is not None and model.kv_bytes_per_token else "",
     )

@@ -13,25 +13,37 @@ let it pass.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 Value: TypeAlias = "bool | int | float | str | bytes | Sequence[Value] | Mapping[str, Value] | None"
 """What msgpack can carry: the only kind of data that crosses a process or a network boundary."""
 
 
+HOP_HEADER = "x-meshd-hop"
+"""HTTP header of requests that a plugin sends on to another server. An edge refuses them: what has left a mesh
+must not come back into one, or it goes in circles."""
+
+
 class Operation(StrEnum):
     """What can be done with a capability; the value travels on the wire."""
 
-    CHAT = "chat"  # body: {"messages": [{"role", "content"}, ...], sampling parameters}
+    CHAT = "chat"  # body: {"messages": [{"role", "content"}, ...], ...}: OpenAI's, see docs/api.md
     COMPLETE = "complete"  # body: {"prompt": str, sampling parameters}
-    EMBED = "embed"  # body: {"input": [str, ...]}
+    EMBED = "embed"
+    """Body: {"input": [str, ...], "dimensions": int, "truncate": bool}; all but the first may be left out. Cut to
+    `dimensions`, a vector is normalised anew; a text longer than the context is an error or, with `truncate`,
+    cut. Rows of floats come back, see `meshd_plugins.vectors`, and `detail["dimensions"]`."""
+    RERANK = "rerank"
+    """Body: {"query": str, "documents": [str, ...], "truncate": bool}. Rows of one float come back: how well
+    each document answers the query, more is better."""
     RUN = "run"  # body: {"input": str}
     FETCH = "fetch"  # body: {}
+    TUNNEL = "tunnel"  # body: {}; bytes both ways until one end leaves: see `Request.incoming`
 
 
 class Privacy(IntEnum):
@@ -57,7 +69,9 @@ class ModelFacts:
     licence: str = ""
     modalities: tuple[str, ...] = ("text",)
     chat_template_digest: str = ""  # sha256, hex, "" when the file has none
+    pooling: str = ""  # how it makes a vector or a score of a text; "": it writes instead
     kv_key: str = ""  # what must be equal for KV state to be exchanged
+    kv_bytes_per_token: int = 0  # of that state; 0: not known, or not exchanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +119,12 @@ class Request:
     idempotency_id: str = ""
     hops: int = 0  # forwards so far
     deadline_s: float = 60.0  # remaining seconds when the request reached this capability
+    tags: tuple[bytes, ...] = ()
+    """Stand for the conversation's last prefixes: opaque, of 8 bytes each, at most 8, shortest first. The i-th of n
+    is for all messages but the last n-i; the last for the whole prompt. Empty: unknown."""
+    incoming: Callable[[], Awaitable[bytes]] | None = None
+    """Of a tunnel: the next bytes that its caller sends, never none. What goes back are `Chunk`s with data.
+    Only a peer opens one, so it is None for every other operation. Raises Failed: the caller broke it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +133,27 @@ class Usage:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0  # of the completion's: what the model thought before it answered
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A part of a call that a model wants made. The first one of a call has its id and its name."""
+
+    index: int  # which call of the answer, from 0
+    id: str = ""
+    name: str = ""
+    arguments: str = ""  # JSON; those of all parts joined are the arguments
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was, before any sampler had a say."""
+
+    token: int
+    logprob: float  # natural logarithm
+    data: bytes  # what it stands for; need not be whole characters
+    top: tuple[TokenLogprob, ...] = ()  # the likeliest tokens in its place, best first
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +161,21 @@ class Chunk:
     """A part of an answer."""
 
     text: str = ""
-    token_ids: tuple[int, ...] = ()  # the tokens `text` was decoded from
+    token_ids: tuple[int, ...] = ()  # the tokens that this part of the answer was decoded from
     position: int = 0  # tokens of the answer before this chunk
     seed: int | None = None  # the sampler's, so that another holder can continue
     data: bytes = b""  # for data.gpt objects
     content_type: str = ""  # of `data`
+    reasoning: str = ""  # what a model thinks before it answers; no part of `text`
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()  # of `token_ids`, where they were asked for
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
     """The end of a complete answer; always the last event."""
 
-    finish_reason: str = "stop"  # "stop" | "length"
+    finish_reason: str = "stop"  # "stop" | "length" | "tool_calls"
     usage: Usage = Usage()
     detail: Mapping[str, Value] = field(default_factory=dict[str, Value])  # figures for people
 
@@ -196,6 +240,78 @@ class Capability(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class WarmPrefix:
+    """A prefix whose KV state a capability holds."""
+
+    tag: bytes  # of the request that made it: its last one
+    tokens: int  # that need not be computed again
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHead:
+    """What is said of a state before its bytes: all of it is to be checked against them."""
+
+    tag: bytes
+    caller: str  # whose it is: only a request of the same one may use it
+    privacy: Privacy  # the narrowest class of the requests that made it
+    token_ids: bytes  # four bytes each, little endian
+    size_bytes: int
+    digest: bytes  # BLAKE2b-256 of the bytes
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it is of."""
+        return len(self.token_ids) // 4
+
+
+class PrefixExport(Protocol):
+    """A state on its way out."""
+
+    @property
+    def head(self) -> PrefixHead:
+        """What it is."""
+        ...
+
+    async def receive(self) -> bytes | None:
+        """The next bytes, at most 1 MiB; None after the last. Raises Failed."""
+        ...
+
+
+@runtime_checkable
+class PrefixHolder(Protocol):
+    """What a capability implements beside `Capability` whose KV state other nodes may take over.
+
+    Its descriptor has a model with `kv_key` and `kv_bytes_per_token`. The daemon has checked who asks, and
+    where the state would go, before it calls; what comes in is as long and has the digest that its head says
+    only once the iteration has ended, so nothing is put to use before.
+    """
+
+    def warm(self) -> Sequence[WarmPrefix]:
+        """What is held now, the most recently used first. Returns at once."""
+        ...
+
+    def export_prefix(
+        self, tag: bytes, caller: str, away: Privacy
+    ) -> AbstractAsyncContextManager[PrefixExport]:
+        """Hand a state out to a node that is so far away.
+
+        Raises:
+            Refused: `not_warm`; `caller`: it is another's; `privacy`: its class is narrower; `busy`.
+            Failed: it broke.
+        """
+        ...
+
+    async def import_prefix(self, head: PrefixHead, data: AsyncIterable[bytes]) -> int:
+        """Take a state in; the tokens that are warm by it now. What `data` raises is passed on.
+
+        Raises:
+            Refused: it is not wanted, or not what it says; nothing of it is kept.
+            Failed: it broke; nothing of it is kept.
+        """
+        ...
+
+
 class Capabilities(Protocol):
     """The daemon's side of registration, as one plugin sees it."""
 
@@ -236,6 +352,14 @@ class WorkerSpec:
     files: tuple[int, ...] = ()
     """Open files that it is given under the same numbers. It may open each anew as `/proc/self/fd/N`. The
     caller closes its own once the worker is up."""
+    sockets: tuple[int, ...] = ()  # connected sockets that it is given, likewise
+    private_loopback: bool = False
+    """It may use IP sockets within a network namespace of its own, where there is nothing but loopback. Where
+    the system allows no such namespace it gets none, and says so in its hello (`isolation.loopback`)."""
+    shared_loopback: bool = False
+    """Then it may use IP sockets of the machine instead; `doctor` warns."""
+    hang_s: float | None = None
+    """Silence with calls open after which it is ended; None: by the `step_s` of its hello, or 30 s."""
 
 
 class WorkerCall(Protocol):
@@ -274,6 +398,70 @@ class Supervisor(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class PeerOffer:
+    """A capability of another node, as its record and its last load describe it."""
+
+    node: str  # its id, as text
+    node_name: str
+    capability: str  # the id on that node
+    name: str
+    operations: tuple[str, ...]
+    slots: int
+    busy: int | None  # requests that it runs; None: not known
+    distance: Privacy  # LAN or MESH
+    round_trip_s: float | None
+    fields: Mapping[str, Value]
+
+
+class Tunnel(Protocol):
+    """Bytes to and from a capability of another node, in order, over the encrypted stream to it."""
+
+    @property
+    def distance(self) -> Privacy:
+        """How far away the other end really is: LAN or MESH."""
+        ...
+
+    async def send(self, data: bytes) -> None:
+        """Send; waits while the other end or the line is behind. Raises Failed: it is lost."""
+        ...
+
+    async def receive(self) -> bytes:
+        """The next bytes, never none. Raises Refused, Failed: why there are no more."""
+        ...
+
+
+class Peers(Protocol):
+    """The other nodes, as one plugin sees them."""
+
+    def offers(self, name: str) -> Sequence[PeerOffer]:
+        """What live peers announce under exactly this name, sorted by node. No packet leaves the node."""
+        ...
+
+    def tunnel(self, offer: PeerOffer, privacy: Privacy) -> AbstractAsyncContextManager[Tunnel]:
+        """Open one to a capability that does `Operation.TUNNEL`; leaving the context ends it.
+
+        That the peer takes it is known when its first bytes come, or from `receive`.
+
+        Raises:
+            Refused: `privacy`, `access`: it may not go there; nothing was sent.
+            Failed: `unreachable`.
+        """
+        ...
+
+
+class NoPeers:
+    """Implements `Peers` for a node that knows nobody."""
+
+    def offers(self, name: str) -> Sequence[PeerOffer]:  # noqa: ARG002
+        """Return none."""
+        return ()
+
+    def tunnel(self, offer: PeerOffer, privacy: Privacy) -> AbstractAsyncContextManager[Tunnel]:  # noqa: ARG002
+        """Raise Failed."""
+        raise Failed(f"{offer.node_name} is not known here", code="unreachable")
+
+
 class Logger(Protocol):
     """The part of structlog that plugins use."""
 
@@ -305,6 +493,16 @@ class PluginContext:
     supervisor: Supervisor
     log: Logger
     clock: Callable[[], float]  # monotonic seconds
+    peers: Peers = field(default_factory=NoPeers)
+
+
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """Something that a plugin thinks an operator should know: `meshd doctor` shows it."""
+
+    message: str  # what is wrong, one sentence
+    remedy: str  # what to do about it
+    is_error: bool = False  # something does not work; else it works worse than it should
 
 
 class PluginConfigError(Exception):
@@ -312,3 +510,10 @@ class PluginConfigError(Exception):
 
 
 BackgroundTask: TypeAlias = Callable[[], Awaitable[None]]
+
+PluginOperation: TypeAlias = (
+    "Callable[[Mapping[str, Value]], AsyncGenerator[Mapping[str, Value], None]]"
+)
+"""Something that whoever administers the node can have a plugin do: called with the arguments, it yields
+items of progress and, as the last one, `{"done": {...}}`; or it raises a `CapabilityError`. It is closed
+when nobody waits for it any more, and then stops."""

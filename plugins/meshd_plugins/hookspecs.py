@@ -7,12 +7,12 @@ an exception quarantines that plugin and no other. docs/plugins.md has a complet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import pluggy
 
-from meshd_plugins.api import BackgroundTask, PluginContext, Value
+from meshd_plugins.api import BackgroundTask, Complaint, PluginContext, PluginOperation, Value
 
 PROJECT: Final = "meshd"
 """The name of the hook project and of the entry-point group."""
@@ -56,6 +56,17 @@ class HookSpecs:
     @hookspec
     def meshd_load(self, context: PluginContext) -> Mapping[str, Value] | None:
         """Return how busy this device is; sampled about every second, so within milliseconds."""
+
+    @hookspec
+    def meshd_operations(self, context: PluginContext) -> Mapping[str, PluginOperation] | None:
+        """Return what an administrator can have this plugin do, by verb; see `PluginOperation`.
+
+        Called when one is asked for. The daemon runs them at `POST /mesh/v1/plugins/PLUGIN/VERB`.
+        """
+
+    @hookspec
+    def meshd_complaints(self, context: PluginContext) -> Sequence[Complaint] | None:
+        """Return what is wrong now, for `meshd doctor`; read often, so within milliseconds."""
 
 
 HOOKS: Final = tuple(name for name in vars(HookSpecs) if name.startswith("meshd_"))

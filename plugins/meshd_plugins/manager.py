@@ -23,8 +23,17 @@ from typing import Any, Final, cast
 import pluggy
 import trio
 
-from meshd_plugins.api import BackgroundTask, Logger, PluginConfigError, PluginContext, Value
+from meshd_plugins.api import (
+    BackgroundTask,
+    Complaint,
+    Logger,
+    PluginConfigError,
+    PluginContext,
+    PluginOperation,
+    Value,
+)
 from meshd_plugins.hookspecs import HOOKS, PROJECT, HookSpecs
+from meshd_plugins.operations import Take, run_operation
 from meshd_plugins.sources import (
     OFF_BY_DEFAULT,
     Source,
@@ -36,6 +45,9 @@ from meshd_plugins.tracking import TrackedCapabilities
 
 SLOW_CALL_S: Final = 0.05
 """A facts or load call that takes longer is counted and logged once: it holds up the whole node."""
+
+COMPLAINTS_MAX: Final = 16
+"""Of one plugin at a time."""
 
 TRACE_FRAMES: Final = 3
 """Frames of a traceback that are kept in a reason, the innermost ones."""
@@ -159,6 +171,31 @@ class PluginManager:
             plugin.background.cancel()
         self._log.error("plugin.quarantined", plugin=name, reason=plugin.reason)
 
+    # -- what an administrator asks for ----------------------------------------------------------
+
+    def operation(self, name: str, verb: str) -> PluginOperation:
+        """One of a plugin's operations. Raises LookupError: there is none; the message says what is."""
+        plugin = self._plugins.get(name)
+        if plugin is None or plugin.state is not State.ACTIVE:
+            state = "not installed" if plugin is None else str(plugin.state)
+            reason = f": {plugin.reason}" if plugin is not None and plugin.reason else ""
+            raise LookupError(f"the plugin {name!r} is {state}{reason}")
+        found = self._call(name, "meshd_operations")
+        operations: Mapping[str, PluginOperation] = {}
+        if isinstance(found, Mapping):
+            operations = cast("Mapping[str, PluginOperation]", found)
+        if verb not in operations:
+            known = ", ".join(sorted(operations)) or "nothing"
+            raise LookupError(f"the plugin {name!r} has no operation {verb!r}; it has {known}")
+        return operations[verb]
+
+    async def operate(
+        self, name: str, verb: str, arguments: Mapping[str, Value], take: Take
+    ) -> None:
+        """Run one, its items going to `take`. Raises LookupError, and as `run_operation`."""
+        operation = self.operation(name, verb)
+        await run_operation(operation, f"{name} {verb}", arguments, take, self._log)
+
     # -- questions -------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Value]:
@@ -168,6 +205,20 @@ class PluginManager:
     def load_figures(self) -> dict[str, Value]:
         """How busy the device is, from all plugins; on a conflict the first by name wins."""
         return self._merged("meshd_load")
+
+    def complaints(self) -> dict[str, tuple[Complaint, ...]]:
+        """What plugins think is wrong now, by their names."""
+        found: dict[str, tuple[Complaint, ...]] = {}
+        for name, plugin in self._active():
+            if plugin.hooks is None:
+                continue
+            told = self._call(name, "meshd_complaints")
+            if isinstance(told, list | tuple):
+                items = cast("Sequence[object]", told)
+                mine = tuple(item for item in items if isinstance(item, Complaint))
+                if mine:
+                    found[name] = mine[:COMPLAINTS_MAX]
+        return found
 
     def status(self) -> list[dict[str, Value]]:
         """Plain data for `meshd plugins`, sorted by name."""

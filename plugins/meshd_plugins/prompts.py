@@ -21,7 +21,7 @@ def prompt_of(request: Request) -> str:
             return _text(request.body.get("prompt"), "prompt")
         case Operation.CHAT:
             return _last_user_message(request.body.get("messages"))
-        case Operation.EMBED | Operation.FETCH:
+        case Operation.EMBED | Operation.RERANK | Operation.FETCH | Operation.TUNNEL:
             raise Refused(f"{request.operation} carries no text to answer", code="unsupported")
 
 

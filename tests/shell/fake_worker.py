@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+from meshd_plugins.api import Value
 from meshd_plugins.workerkit import Call, Cancel, Closed, Link, main, pack_frame
 
 
@@ -19,7 +20,14 @@ def serve(link: Link) -> None:
     if behaviour == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.kill(os.getpid(), signal.SIGSTOP) if "stopped" in sys.argv else None
-    link.hello({"behaviour": behaviour, "variables": sorted(os.environ), "pid": os.getpid()})
+    hello: dict[str, Value] = {
+        "behaviour": behaviour,
+        "variables": sorted(os.environ),
+        "pid": os.getpid(),
+    }
+    if behaviour.startswith("step_s="):
+        hello["step_s"] = float(behaviour.removeprefix("step_s="))
+    link.hello(hello)
     open_calls: set[int] = set()
     while True:
         incoming = link.receive(0.05 if open_calls else None)

@@ -33,15 +33,27 @@ from meshd.orchestrate.events import (
 from meshd.orchestrate.metrics import Family
 from meshd.orchestrate.service import Take
 from meshd_naming import MissingSuffix, NotServed
-from meshd_plugins.api import BadRequest, Failed, Refused, Usage, Value
+from meshd_plugins.api import (
+    BadRequest,
+    Failed,
+    Refused,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+    Value,
+)
 
 FAMILY = "SmolLM2-135M-Instruct"
 NODE = "n" * 26
+LIKELY = TokenLogprob(
+    1, -0.5, b"Hm", (TokenLogprob(1, -0.5, b"Hm"), TokenLogprob(9, -1.5, b"\xff"))
+)
 
 
 class FakeMesh:
     """A `MeshService`. What it does with an ask is said by the target's last label.
 
+    thinker    thoughts, text and two tool calls
     general    three pieces, then done            busy, gone, late, refused...   raises before the start
     torn       two pieces, then Failed            silent                         never says anything
     unended    one piece, then just ends          endless                        a piece after the other
@@ -99,6 +111,16 @@ class FakeMesh:
                 yield Piece(ANSWER, data=data[2:])
             case "picture":
                 yield Piece(ANSWER, data=b"\x89PNG\x00\xff", content_type="image/png")
+            case "thinker":
+                yield Piece(ANSWER, reasoning="Hm, ", token_ids=(1,), logprobs=(LIKELY,))
+                yield Piece(ANSWER, reasoning="a tool.", token_ids=(2,), position=1)
+                yield Piece(ANSWER, "Let me see.", tool_calls=(ToolCallDelta(0, "call_1", "f"),))
+                yield Piece(ANSWER, tool_calls=(ToolCallDelta(0, arguments='{"a"'),))
+                yield Piece(ANSWER, tool_calls=(ToolCallDelta(0, arguments=": 1}"),))
+                yield Piece(ANSWER, tool_calls=(ToolCallDelta(1, "call_2", "g", "{}"),))
+                yield part(ask)
+                yield Answered("tool_calls", Usage(5, 3, 2), (part(ask),), 0.5)
+                return
             case _:
                 for i, text in enumerate(("Hello", ", ", "wörld")):
                     await trio.sleep(self.gap_s)

@@ -12,7 +12,9 @@ from tests.shell.support_log import KeptLog
 from tests.unit.support_cms import store
 
 from meshd.config import access_rules
+from meshd.core.handoff import HandoffConfig
 from meshd.core.membership import MemberState, MemberView
+from meshd.core.prefixes import SECRET_BYTES, Tagger
 from meshd.core.scheduler import ExpectedTimePolicy, Scheduler, SchedulerConfig
 from meshd.orchestrate.access import AccessPolicy, Standing
 from meshd.orchestrate.access_guard import Guard, Source
@@ -31,6 +33,7 @@ from meshd.orchestrate.records import (
     model_value,
 )
 from meshd.orchestrate.router import Router, RouterConfig, Target
+from meshd.orchestrate.warmth import Warmth
 from meshd_cms import Epoch, NodeId, Version
 from meshd_plugins.api import (
     Chunk,
@@ -203,6 +206,7 @@ class World:
             self.host,
             self.remote,
             self.guard,
+            Warmth(self.catalogue, Tagger(bytes(SECRET_BYTES)), trio.current_time, HandoffConfig()),
         )
         self.executor = Executor(self.router, me)
         self.mesh = Mesh(

@@ -71,6 +71,19 @@ def test_ask_says_who_why_and_how_long_on_standard_error(daemon: Path) -> None:
     ]
 
 
+def test_ask_shows_calls_as_the_answer_and_thoughts_beside_it(daemon: Path) -> None:
+    done = meshd(daemon, "ask", "-v", "knowledge.gpt/thinker", "What?")
+    assert done.stdout.decode() == 'Let me see.\nf {"a": 1}\ng {}\n'
+    assert "Hm, a tool.\n" in done.stderr.decode()
+    quiet = meshd(daemon, "ask", "-q", "knowledge.gpt/thinker", "What?")
+    assert (quiet.stdout, quiet.stderr) == (done.stdout, b"")
+    told = meshd(daemon, "ask", "--json", "knowledge.gpt/thinker", "What?").stdout.splitlines()
+    pieces = [event for event in map(json.loads, told) if event["event"] == "piece"]
+    assert pieces[0]["reasoning"] == "Hm, "
+    assert pieces[0]["logprobs"][0]["token"] == "Hm"
+    assert pieces[2]["tool_calls"] == [{"index": 0, "id": "call_1", "name": "f", "arguments": ""}]
+
+
 def test_ask_as_json(daemon: Path) -> None:
     done = meshd(daemon, "ask", "--json", "knowledge.gpt/general", "Hi")
     events = [json.loads(line) for line in done.stdout.splitlines()]

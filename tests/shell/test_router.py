@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import pytest
 import trio
-from tests.shell.support_orchestrate import GENERAL, World, hanging, raising, run, saying
+from tests.shell.support_orchestrate import (
+    GENERAL,
+    Scripted,
+    World,
+    descriptor,
+    hanging,
+    raising,
+    run,
+    saying,
+)
 
 from meshd.orchestrate.callers import Caller
 from meshd.orchestrate.events import PlannedSubtask, Routed, SubtaskDone
@@ -20,6 +29,7 @@ from meshd_plugins.api import (
     Failed,
     Operation,
     Privacy,
+    Rates,
     Refused,
     Request,
 )
@@ -182,6 +192,17 @@ def test_a_peer_that_never_begins_is_given_up_and_held_against_it() -> None:
         assert world.scheduler.health.score(key, trio.current_time()) == pytest.approx(1.0)
         assert world.scheduler.in_flight.count(key) == 0
         assert world.host.busy() == {GENERAL: (0, 0)}
+
+    run(body)
+
+
+def test_one_that_must_load_its_model_first_is_given_that_time_too() -> None:
+    async def body() -> None:
+        world = World(RouterConfig(first_piece_s=10.0))
+        cold = replace(descriptor(GENERAL), rates=Rates(load_s=20.0), fields={"resident": False})
+        world.host.add(Scripted(cold, hanging()))
+        assert (await Asked(world).error(deadline_s=300.0)).code == "peer_hung"
+        assert trio.current_time() == pytest.approx(10.0 + 2 * 20.0)
 
     run(body)
 

@@ -96,7 +96,7 @@ def test_a_prompt_to_complete_stays_one_for_a_model_and_is_a_question_for_the_ca
 def test_auto_finds_somebody_who_embeds_whatever_the_text() -> None:
     for value in ("17 + 25", ["a", "b"]):
         found = plan(ask({"input": value}, operation=Operation.EMBED), ())
-        assert names(found) == [(GENERAL, Operation.EMBED)]
+        assert names(found) == [("computation.gpt/embed/**", Operation.EMBED)]
         assert found.steps[0].body == {"input": value}
 
 

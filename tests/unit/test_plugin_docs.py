@@ -30,7 +30,14 @@ def test_the_page_documents_no_hook_that_does_not_exist() -> None:
 
 
 def test_the_hooks_are_those_that_were_agreed() -> None:
-    assert HOOKS == ("meshd_register", "meshd_background", "meshd_facts", "meshd_load")
+    assert HOOKS == (
+        "meshd_register",
+        "meshd_background",
+        "meshd_facts",
+        "meshd_load",
+        "meshd_operations",
+        "meshd_complaints",
+    )
     for hook in HOOKS:
         parameters = inspect.signature(getattr(HookSpecs, hook), eval_str=True).parameters
         assert {name: parameter.annotation for name, parameter in parameters.items()} == {
@@ -40,7 +47,7 @@ def test_the_hooks_are_those_that_were_agreed() -> None:
 
 
 def test_the_example_passes_its_own_test(tmp_path: Path) -> None:
-    plugin, test = (code for language, code in BLOCKS if language == "python")
+    plugin, test, _ = (code for language, code in BLOCKS if language == "python")
     (tmp_path / "meshd_dice.py").write_text(plugin)
     (tmp_path / "test_meshd_dice.py").write_text(test)
     result = subprocess.run(

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshd.core.prefixes import unpack_warm
 from meshd.orchestrate.decoding import Malformed, count, mapping, number
 from meshd.orchestrate.records import (
     LICENCE_CHARS_MAX,
@@ -17,6 +18,7 @@ from meshd.orchestrate.records import (
     capability_value,
     check_fits,
     descriptor_from,
+    load_for_people,
     load_value,
     model_from,
     model_key,
@@ -270,6 +272,33 @@ def test_usual_load_keeps_the_figures_of_the_device() -> None:
     assert busy_from(load, "knowledge.gpt/general#01234567") == (2, 1, 8)
 
 
+def test_what_is_warm_is_told_beside_the_load() -> None:
+    warm = [(b"%04d-tag" % number, 1_000 + number) for number in range(20)]
+    load = load_value({}, queue_max=8, draining=False, figures={"cpu": 0.5}, warm=warm)
+    assert load["cpu"] == 0.5
+    told = unpack_warm(carried(load)["warm"])  # type: ignore[call-overload, index]
+    assert told is not None
+    assert told.tokens(b"0003-tag") == 992
+    assert told.is_full
+
+
+def test_who_keeps_nothing_warm_tells_nothing_and_who_keeps_none_now_tells_that() -> None:
+    assert "warm" not in load_value({}, queue_max=8, draining=False, figures={})
+    assert load_value({}, queue_max=8, draining=False, figures={}, warm=())["warm"] == b""
+
+
+def test_the_device_gives_way_to_what_is_warm_and_that_to_who_is_busy() -> None:
+    warm = [(b"%04d-tag" % number, 1_000) for number in range(16)]
+    many = {f"knowledge.gpt/a-rather-long-name-{number:03}": (1, 0) for number in range(9)}
+    load = load_value(many, queue_max=8, draining=False, figures={"x": "y" * 90}, warm=warm)
+    assert "x" not in load
+    assert "warm" in load
+    more = {f"knowledge.gpt/a-rather-long-name-{number:03}": (1, 0) for number in range(11)}
+    load = load_value(more, queue_max=8, draining=False, figures={}, warm=warm)
+    assert "warm" not in load
+    assert len(mapping(load["capabilities"], "load")) == 11
+
+
 @pytest.mark.parametrize(
     "load",
     [
@@ -284,3 +313,18 @@ def test_usual_load_keeps_the_figures_of_the_device() -> None:
 def test_malformed_load(load: dict[str, Value]) -> None:
     with pytest.raises(Malformed):
         busy_from(load, "a")
+
+
+def test_people_are_shown_how_many_prefixes_are_warm() -> None:
+    warm = [(b"%04d-tag" % number, 1_000) for number in range(3)]
+    load = load_value({}, queue_max=8, draining=False, figures={"cpu": 0.5}, warm=warm)
+    shown = load_for_people(load)
+    assert shown == {
+        "cpu": 0.5,
+        "queue_max": 8,
+        "draining": False,
+        "capabilities": {},
+        "warm_prefixes": 3,
+    }
+    assert "warm" in load
+    assert load_for_people({"warm": "nonsense"}) == {}

@@ -257,3 +257,96 @@ def test_stale_load_does_not_make_a_herd(refresh_s: float) -> None:
     baseline = lost(POLICIES["random"], 3, gossip=False)
     assert lost(POLICIES["expected_time"], 2, gossip=True) < baseline
     assert 0.04 < baseline < 0.2, "the setting is loaded, and not hopeless"
+
+
+def warm_order(
+    *candidates: Candidate, warm: Mapping[int, int], loads: Mapping[int, Load], prompt_tokens: int
+) -> tuple[Choice, ...]:
+    """In order, with so many tokens of the prompt warm at each."""
+    tokens = {node(number): count for number, count in warm.items()}
+    known = {key(number): load for number, load in loads.items()}
+    return Scheduler(ExpectedTimePolicy(), SchedulerConfig(), Random(7)).order(
+        candidates,
+        Demand(prompt_tokens, 50),
+        known.get,
+        {}.get,
+        100.0,
+        lambda candidate: tokens.get(candidate.offer.owner, 0),
+    )
+
+
+def test_what_is_warm_is_not_computed_again() -> None:
+    [choice] = warm_order(candidate(1), warm={1: 950}, loads={1: Load(0)}, prompt_tokens=1000)
+    assert choice.first_s == pytest.approx(0.005 + 50 / 200)
+    assert "; warm: 950 tokens" in choice.reason
+
+
+def test_more_that_is_warm_than_the_prompt_has_costs_nothing_less_than_nothing() -> None:
+    [choice] = warm_order(candidate(1), warm={1: 5000}, loads={1: Load(0)}, prompt_tokens=1000)
+    assert choice.first_s == pytest.approx(0.005)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    warm=st.integers(1, 4000),
+    extra=st.integers(0, 4000),
+    busy=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    queued=st.tuples(st.integers(0, 6), st.integers(0, 6)),
+)
+def test_a_warm_peer_is_preferred_unless_its_queue_costs_more_than_the_prefill_it_saves(
+    warm: int, extra: int, busy: tuple[int, int], queued: tuple[int, int]
+) -> None:
+    slots, queue_max, prompt = 4, 8, warm + extra
+    pair = (candidate(1, slots=slots), candidate(2, slots=slots))
+    loads = {
+        number: Load(
+            running, queued=waiting if running == slots else 0, queue_max=queue_max, age_s=0.0
+        )
+        for number, running, waiting in zip((1, 2), busy, queued, strict=True)
+    }
+    choices = warm_order(*pair, warm={1: warm}, loads=loads, prompt_tokens=prompt)
+    cost = {
+        int.from_bytes(choice.candidate.offer.owner, "big"): choice.first_s + choice.total_s
+        for choice in choices
+    }
+    assert first(choices) == min(cost, key=lambda number: (cost[number], number != first(choices)))
+    if (loads[1].busy, loads[1].queued) <= (loads[2].busy, loads[2].queued):
+        assert first(choices) == 1, "no worse a queue, and less to compute"
+
+
+def test_a_full_peer_is_not_asked_first_however_warm_it_is() -> None:
+    pair = (candidate(1, slots=1), candidate(2, decode=5.0, slots=1))
+    loads = {1: Load(1), 2: Load(0)}
+    choices = warm_order(*pair, warm={1: 100_000}, loads=loads, prompt_tokens=100_000)
+    assert first(choices) == 2
+    assert choices[1].last_resort
+
+
+def cold(number: int, load_s: float, *, decode: float = 20.0) -> Candidate:
+    """A model that must be loaded first."""
+    one = candidate(number, decode=decode)
+    assert one.offer.rates is not None
+    rates = replace(one.offer.rates, load_s=load_s)
+    fields = {**one.offer.fields, "resident": False}
+    return one._replace(offer=replace(one.offer, rates=rates, fields=fields))
+
+
+def test_a_model_that_must_be_loaded_first_waits_behind_a_slower_one_that_is_there() -> None:
+    idle = {1: Load(0), 2: Load(0)}
+    choices = ordered(cold(1, 30.0, decode=60.0), candidate(2, decode=10.0), loads=idle)
+    assert first(choices) == 2
+    assert choices[1].first_s == pytest.approx(30.0 + 0.005 + 64 / 600)
+    quick = ordered(cold(1, 1.0, decode=60.0), candidate(2, decode=10.0), loads=idle)
+    assert first(quick) == 1
+
+
+def test_a_resident_model_is_not_charged_for_its_load() -> None:
+    one = cold(1, 30.0)
+    there = one._replace(offer=replace(one.offer, fields={**one.offer.fields, "resident": True}))
+    assert ordered(there, loads={1: Load(0)})[0].first_s < 1.0
+
+
+def test_nothing_is_warm_where_the_model_is_not_in_memory() -> None:
+    [choice] = warm_order(cold(1, 5.0), warm={1: 950}, loads={1: Load(0)}, prompt_tokens=1000)
+    assert choice.first_s == pytest.approx(5.0 + 0.005 + 1000 / 200)
+    assert "warm" not in choice.reason

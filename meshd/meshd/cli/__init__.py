@@ -23,11 +23,13 @@ from meshd.cli import (
     key,
     keys,
     look,
+    model,
     node,
     peers,
     revoke,
     store,
     trust,
+    vectors,
 )
 from meshd.cli.failures import CommandError, Exit
 from meshd.cli.settings import Settings
@@ -114,12 +116,15 @@ def cli(
 
 for command in (
     ask.ask,
+    vectors.embed,
+    vectors.rerank,
     look.status,
     peers.peers,
     look.caps,
     look.resolve,
     look.plugins,
     look.config,
+    model.model,
     store.store,
     acl.acl,
     audit.audit,

@@ -94,6 +94,17 @@ class Client:
         with self._exchange("POST", f"/mesh/v1/{action}", payload, timeout_s) as response:
             return _object(response.read())
 
+    def infer(
+        self, endpoint: str, payload: Mapping[str, Value], *, timeout_s: float
+    ) -> Mapping[str, Value]:
+        """The answer of one of OpenAI's endpoints, such as `embeddings`, as a whole.
+
+        Raises:
+            CommandError: not reachable, or the daemon's own error.
+        """
+        with self._exchange("POST", f"/v1/{endpoint}", payload, timeout_s) as response:
+            return _object(response.read())
+
     def delete(self, thing: str, name: str, *, timeout_s: float = ANSWER_S) -> Mapping[str, Value]:
         """Take something away, such as one of the `keys`.
 
@@ -134,6 +145,30 @@ class Client:
                         yield event
                     case _:
                         yield event
+        raise _torn()
+
+    def operate(
+        self, plugin: str, verb: str, arguments: Mapping[str, Value]
+    ) -> Generator[Mapping[str, Value], None, None]:
+        """Have a plugin do something: events `progress`, and at last `done`. Abandoning it ends it there.
+
+        Raises:
+            CommandError: not reachable, or the daemon's own error, or the stream ended too early.
+        """
+        target = f"/mesh/v1/plugins/{quote(plugin, safe='')}/{quote(verb, safe='')}"
+        with self._exchange("POST", target, arguments, LINE_S) as response:
+            while line := self._line(response, begun=False):
+                event = _object(line)
+                match event.get("event"):
+                    case "waiting":
+                        continue
+                    case "error":
+                        status = event.get("status")
+                        raise ServerError(status if isinstance(status, int) else 500, event)
+                    case _:
+                        yield event
+                        if event.get("event") == "done":
+                            return
         raise _torn()
 
     def _line(self, response: http.client.HTTPResponse, *, begun: bool) -> bytes:

@@ -23,6 +23,7 @@ from random import Random
 from typing import NamedTuple, Protocol, TypeAlias
 
 from meshd_cms.types import NodeId
+from meshd_naming.offers import Offer
 from meshd_naming.resolver import Candidate
 from meshd_plugins.api import Rates
 
@@ -50,7 +51,7 @@ class Demand:
     """What a request is expected to take."""
 
     prompt_tokens: int = 64
-    answer_tokens: int = 128
+    answer_tokens: int = 128  # 0: the answer is no text, as of embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ class View(NamedTuple):
     since_sample: int = 0  # own begun less own finished since the load was sampled; may be negative
     round_trip_s: float | None = None  # 0.0 when local; None: not measured
     failures: float = 0.0  # remembered, decaying
+    warm_tokens: int = 0  # of the prompt's beginning whose KV state is there, as far as is known
 
     @property
     def occupied(self) -> int:
@@ -147,9 +149,10 @@ class Choice(NamedTuple):
         known = f"known {load.age_s:.1f} s ago" if load else "load not known"
         failures = f"; {view.failures:.1f} recent failures" if view.failures >= 0.1 else ""
         resort = "; believed full" if view.full else ""
+        warm = f"; warm: {view.warm_tokens} tokens" if view.warm_tokens else ""
         return (
             f"{self.policy}: {expected}{view.occupied} of {slots} slots taken, {known}, "
-            f"{view.in_flight} of ours{failures}{resort}; {self.candidate.reason}"
+            f"{view.in_flight} of ours{warm}{failures}{resort}; {self.candidate.reason}"
         )
 
 
@@ -253,7 +256,10 @@ class ExpectedTimePolicy:
             prefill_s, decode_s = 0.0, config.default_service_s
         else:
             prefill = rates.prefill_tokens_per_s or config.default_prefill_tokens_per_s
-            prefill_s = demand.prompt_tokens / max(RATE_FLOOR_TOKENS_PER_S, prefill)
+            cold_tokens = max(0, demand.prompt_tokens - view.warm_tokens)
+            prefill_s = cold_tokens / max(RATE_FLOOR_TOKENS_PER_S, prefill)
+            if not demand.answer_tokens:  # texts of all requests there share the batches
+                prefill_s *= 1.0 + taken
             decode_s = demand.answer_tokens / self._decode(rates, min(taken + 1.0, offer.slots))
         service_s = prefill_s + decode_s
         ahead = max(0.0, taken + 1.0 - offer.slots)  # that must end before this one starts
@@ -264,7 +270,7 @@ class ExpectedTimePolicy:
         link_s = 0.0 if view.candidate.local else config.default_round_trip_s
         if view.round_trip_s is not None:
             link_s = view.round_trip_s
-        first_s = link_s + wait_s + prefill_s
+        first_s = link_s + wait_s + prefill_s + loading_s(offer)
         return Ranked(view, first_s, first_s + decode_s)
 
     def _decode(self, rates: Rates, together: float) -> float:
@@ -288,6 +294,13 @@ POLICIES: Mapping[str, Policy] = {
     )
 }
 """The built-in policies by name, with default knobs."""
+
+
+def loading_s(offer: Offer) -> float:
+    """Seconds until a model that is not in memory can begin; 0.0 for one that is, and for all else."""
+    if offer.rates is None or offer.fields.get("resident") is not False:
+        return 0.0
+    return offer.rates.load_s
 
 
 class InFlight:
@@ -382,13 +395,22 @@ class Scheduler:
         load_of: Callable[[Key], Load | None],
         round_trip_of: Callable[[NodeId], float | None],
         now_s: float,
+        warm_of: Callable[[Candidate], int] = lambda _candidate: 0,
     ) -> tuple[Choice, ...]:
-        """Every candidate once, in the order to ask them. Changes nothing but the generator."""
+        """Every candidate once, in the order to ask them. Changes nothing but the generator.
+
+        `warm_of` says how many tokens of this very prompt need not be computed at a candidate.
+        """
         hopeful: list[Choice] = []
         last_resort: list[Choice] = []
         by_class = sorted(candidates, key=lambda candidate: candidate.priority)
         for _, group in groupby(by_class, key=lambda candidate: candidate.priority):
-            views = [self._view(one, load_of, round_trip_of, now_s) for one in group]
+            views = [
+                self._view(one, load_of, round_trip_of, now_s)._replace(
+                    warm_tokens=0 if loading_s(one.offer) else warm_of(one)
+                )
+                for one in group
+            ]
             for ranked in self.policy.order(views, demand, self._rng):
                 view = ranked.view
                 failing = view.failures >= self.config.failing_score

@@ -11,6 +11,8 @@ from starlette.routing import Route
 from meshd.edge.access_api import AdminRecorder, access_routes
 from meshd.edge.context import context_of
 from meshd.edge.counters import EdgeCounters
+from meshd.edge.embeddings import Vectors
+from meshd.edge.embeddings_request import parse_embeddings, parse_rerank
 from meshd.edge.errors import RequestError
 from meshd.edge.front import Front
 from meshd.edge.gate import Gate
@@ -21,6 +23,7 @@ from meshd.edge.limits import EdgeLimits
 from meshd.edge.look_api import Doctor, Metrics, StoreDiff, StoreView
 from meshd.edge.mesh_api import Leave, MeshAsk, Resolve, Status, View
 from meshd.edge.openai import CHAT, COMPLETION, Completions, ModelList
+from meshd.edge.plugin_api import plugin_routes
 from meshd.edge.targets import Models
 from meshd.edge.trust_api import trust_routes
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from meshd.edge.exposure import Exposure
+    from meshd.edge.plugin_api import Operate
     from meshd.orchestrate.service import AccessService, MeshService
     from meshd.orchestrate.trust_desk import TrustDesk
     from meshd.shell.joining_desk import JoinDesk
@@ -44,6 +48,7 @@ def build_app(
     access: AccessService | None = None,
     desk: JoinDesk | None = None,
     trust: TrustDesk | None = None,
+    operate: Operate | None = None,
 ) -> Starlette:
     """The application over `service`. It holds no state of its own but a second of catalogue, and rates.
 
@@ -55,6 +60,7 @@ def build_app(
         access: rules and the audit trail, where there are any to show.
         desk: where others are let in, where they can be.
         trust: who belongs to the mesh, and under which keys.
+        operate: what plugins can be had to do.
     """
     limits = limits or EdgeLimits()
     counters = counters or EdgeCounters()
@@ -65,6 +71,10 @@ def build_app(
         Route(
             "/v1/completions", Completions(service, models, limits, COMPLETION), methods=["POST"]
         ),
+        Route(
+            "/v1/embeddings", Vectors(service, models, limits, parse_embeddings), methods=["POST"]
+        ),
+        Route("/v1/rerank", Vectors(service, models, limits, parse_rerank), methods=["POST"]),
         Route("/v1/models", ModelList(models), methods=["GET"]),
         Route("/v1/models/{id:path}", ModelList(models), methods=["GET"]),
         Route("/mesh/v1/ask", MeshAsk(service, models, limits), methods=["POST"]),
@@ -86,6 +96,7 @@ def build_app(
         *(access_routes(access) if access else ()),
         *(invite_routes(desk, limits) if desk else ()),
         *(trust_routes(trust, limits) if trust else ()),
+        *(plugin_routes(operate, limits) if operate else ()),
     ]
     return Starlette(
         routes=routes,

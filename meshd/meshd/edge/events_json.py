@@ -8,7 +8,7 @@ from typing import assert_never
 from meshd.edge.asking import part_of, usage_of
 from meshd.edge.errors import Problem
 from meshd.orchestrate.events import Answered, AskEvent, Piece, Planned, Routed, SubtaskDone
-from meshd_plugins.api import Value
+from meshd_plugins.api import TokenLogprob, Value
 
 
 def event_to_plain(event: AskEvent) -> dict[str, Value]:
@@ -84,4 +84,28 @@ def _piece(piece: Piece) -> dict[str, Value]:
         plain["data_base64"] = base64.b64encode(piece.data).decode("ascii")
     if piece.content_type:
         plain["content_type"] = piece.content_type
+    if piece.reasoning:
+        plain["reasoning"] = piece.reasoning
+    if piece.tool_calls:
+        plain["tool_calls"] = [
+            {"index": c.index, "id": c.id, "name": c.name, "arguments": c.arguments}
+            for c in piece.tool_calls
+        ]
+    if piece.logprobs:
+        plain["logprobs"] = [logprob_to_plain(each) for each in piece.logprobs]
     return plain
+
+
+def logprob_to_plain(each: TokenLogprob) -> dict[str, Value]:
+    """One token as OpenAI describes it; the bytes are there since a token need not be whole characters."""
+    plain = _token_to_plain(each)
+    plain["top_logprobs"] = [_token_to_plain(other) for other in each.top]
+    return plain
+
+
+def _token_to_plain(each: TokenLogprob) -> dict[str, Value]:
+    return {
+        "token": each.data.decode("utf-8", "replace"),
+        "logprob": each.logprob,
+        "bytes": list(each.data),
+    }

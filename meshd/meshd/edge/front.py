@@ -13,6 +13,7 @@ from meshd.edge.errors import ClientGone, problem_of
 from meshd.edge.gate import scope_of
 from meshd.edge.http import send_problem
 from meshd.edge.sources import Sources
+from meshd_plugins.api import HOP_HEADER, Refused
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -59,6 +60,10 @@ class Front:
         headers = dict(cast("Iterable[tuple[bytes, bytes]]", scope["headers"]))
         client = (scope["client"] or _NOWHERE)[0]
         server = (scope["server"] or _NOWHERE)[0]
+        if HOP_HEADER.encode() in headers:
+            raise Refused(
+                "the request has left a mesh already: it would go in circles", code="hop_limit"
+            )
         self._sources.check(headers, server)
         wanted = scope_of(scope["method"], scope["path"])
         return self._gate.enter(headers, client, server, wanted, trio.current_time())

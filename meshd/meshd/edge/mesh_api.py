@@ -12,10 +12,13 @@ from urllib.parse import parse_qs
 
 from meshd.edge.asking import EventStream, asking
 from meshd.edge.context import context_of, log_unexpected
+from meshd.edge.embeddings_request import parse_embeddings, parse_rerank
 from meshd.edge.errors import ClientGone, RequestError, problem_of
 from meshd.edge.events_json import event_to_plain, problem_to_plain
 from meshd.edge.http import from_json, read_body, send_json, to_json
-from meshd.edge.openai_request import deadline, messages_of, privacy, sampling
+from meshd.edge.openai_messages import messages_of
+from meshd.edge.openai_request import deadline, privacy, sampling
+from meshd.edge.openai_structure import structure_of_chat, structure_of_completion
 from meshd.edge.targets import AUTO, Models
 from meshd.orchestrate.events import Answered, Ask, AskEvent
 from meshd_plugins.api import Failed, Operation, Value
@@ -145,11 +148,11 @@ class MeshAsk:
         if not isinstance(named, str) or not named:
             raise RequestError("`target` must be 'auto' or a name", param="target")
         context.access.require(named)
-        target = self._models.target_for(named)
+        operation = _operation(payload)
+        target = self._models.target_for(named, operation)
         split = payload.get("split", True)
         if not isinstance(split, bool):
             raise RequestError("`split` must be true or false", param="split")
-        operation = _operation(payload)
         return Ask(
             target=target,
             operation=operation,
@@ -180,18 +183,28 @@ def _body(payload: Mapping[str, Value], operation: Operation, target: str) -> di
         raise RequestError("`prompt` must be a string", param="prompt")
     if operation is Operation.FETCH or (prompt is None and target.startswith("data.")):
         return {}
+    if operation is Operation.TUNNEL:
+        raise RequestError("a tunnel is opened by peers only", param="operation")
+    if operation is Operation.RERANK:
+        return dict(parse_rerank({**payload, "model": target}).body)
+    if operation is Operation.EMBED and prompt is None:
+        return dict(parse_embeddings({**payload, "model": target}).body)
     if operation is Operation.CHAT:
         messages = payload.get("messages")
         if prompt is not None:
             messages = [{"role": "user", "content": prompt}]
         elif messages is None:
             raise RequestError("`prompt` (or `messages`) is missing", param="prompt")
-        return {"messages": messages_of(messages), **sampling(payload)}
+        return {
+            "messages": messages_of(messages),
+            **sampling(payload),
+            **structure_of_chat(payload),
+        }
     if prompt is None:
         raise RequestError("`prompt` is missing", param="prompt")
     match operation:
         case Operation.COMPLETE:
-            return {"prompt": prompt, **sampling(payload)}
+            return {"prompt": prompt, **sampling(payload), **structure_of_completion(payload)}
         case Operation.EMBED:
             return {"input": [prompt]}
         case Operation.RUN:

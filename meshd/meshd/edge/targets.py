@@ -48,17 +48,19 @@ class Models:
         self._catalogue = catalogue
         self._clock = clock
         self._listed: dict[str, dict[str, Value]] = {}
+        self._kinds: dict[tuple[str, str], str] = {}  # of the names that serve a model's operation
         self._listed_at_s = -_CATALOGUE_AGE_MAX_S
 
     def listed(self) -> dict[str, dict[str, Value]]:
         """Id to `{"nodes": [...], "operations": [...]}`: `auto`, then names, then families, sorted."""
         now_s = self._clock()
         if now_s - self._listed_at_s >= _CATALOGUE_AGE_MAX_S:
-            self._listed = _listing(self._catalogue.capabilities())
+            capabilities = self._catalogue.capabilities()
+            self._listed, self._kinds = _listing(capabilities), _kinds_of(capabilities)
             self._listed_at_s = now_s
         return self._listed
 
-    def target_for(self, model: str) -> str:
+    def target_for(self, model: str, operation: Operation = Operation.CHAT) -> str:
         """What to ask the mesh for when a client names `model`.
 
         Raises:
@@ -67,7 +69,8 @@ class Models:
         if is_name(model):
             return model
         if model in self.listed():
-            return f"knowledge.gpt/**?model={model}"
+            kind = self._kinds.get((model, operation), "knowledge")
+            return f"{kind}.gpt/**?model={model}"
         raise self.not_found(model)
 
     def not_found(self, model: str) -> RequestError:
@@ -100,6 +103,19 @@ def _listing(capabilities: list[Mapping[str, Value]]) -> dict[str, dict[str, Val
         **dict(sorted(names.items())),
         **dict(sorted(families.items())),
     }
+
+
+def _kinds_of(capabilities: list[Mapping[str, Value]]) -> dict[tuple[str, str], str]:
+    """Models that are no `knowledge` by family and operation: who makes vectors has any kind of name."""
+    kinds: dict[tuple[str, str], str] = {}
+    for capability in capabilities:
+        kind = str(capability.get("name", "")).partition(".gpt/")[0]
+        operations = capability.get("operations")
+        for operation in operations if isinstance(operations, list | tuple) else ():
+            key = (family_of(capability), str(operation))
+            if kinds.get(key) != "knowledge":
+                kinds[key] = kind
+    return kinds
 
 
 def family_of(capability: Mapping[str, Value]) -> str:

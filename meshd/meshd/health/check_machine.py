@@ -131,6 +131,19 @@ def workers(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def plugins(facts: Facts) -> Iterator[Finding]:
+    """What plugins think is wrong: they know what they watch."""
+    if facts.daemon is None:
+        return
+    for told in facts.daemon.plugins:
+        yield Finding(
+            Code.PLUGIN_COMPLAINS,
+            Severity.ERROR if told.is_error else Severity.WARNING,
+            told.message,
+            told.remedy,
+        )
+
+
 def sending(facts: Facts) -> Iterator[Finding]:
     """Datagrams that the operating system did not take."""
     if facts.daemon is None:

@@ -144,6 +144,16 @@ class WorkerFact:
 
 
 @dataclass(frozen=True, slots=True)
+class PluginFact:
+    """What a plugin thinks is wrong."""
+
+    plugin: str
+    message: str
+    remedy: str
+    is_error: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class TrustFacts:
     """This node's certificate, keys and clock in its mesh; times by the mesh's clock."""
 
@@ -201,6 +211,7 @@ class DaemonFacts:
     disk: DiskFacts
     load: LoadFacts
     workers: tuple[WorkerFact, ...] = ()
+    plugins: tuple[PluginFact, ...] = ()
     peers: tuple[PeerFact, ...] = ()
     seeds: tuple[SeedFact, ...] = ()
     remembered: int = 0  # addresses of the last run that were tried

@@ -34,6 +34,7 @@ class Code(StrEnum):
     OVERLOADED = "overloaded"
     HEALTH_LOW = "health_low"
     WORKER_EXPOSED = "worker_exposed"
+    PLUGIN_COMPLAINS = "plugin_complains"
     CLOCK_UNSET = "clock_unset"
     CLOCK_OFF = "clock_off"
     PEER_CLOCK_OFF = "peer_clock_off"

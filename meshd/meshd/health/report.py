@@ -17,6 +17,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     check_machine.disk,
     check_machine.load,
     check_machine.workers,
+    check_machine.plugins,
     check_machine.sending,
     check_machine.clock,
     check_trust.certificate,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from meshd.core.frames import WarmHint
 from meshd.orchestrate.access import (
     AccessPolicy,
     Decision,
@@ -31,6 +32,7 @@ class Source:
     caller: Caller
     peer: NodeId | None = None  # who sent it here; None: it was asked on this node
     away: Privacy = Privacy.LOCAL  # how far away that one is, by the connection it came on
+    hint: WarmHint | None = None  # where else its beginning is warm, as it says
 
 
 @dataclass(frozen=True, slots=True)

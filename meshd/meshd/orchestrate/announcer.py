@@ -98,6 +98,7 @@ class Announcer:
             queue_max=host.queue_max if host is not None else 0,
             draining=host is not None and host.draining,
             figures=self._sampled,
+            warm=host.warm() if host is not None else None,
         )
 
     async def run(self) -> None:

@@ -15,6 +15,7 @@ from math import inf
 
 from meshd.core.effects import Address
 from meshd.core.membership import MemberState, MemberView
+from meshd.core.prefixes import Warm, unpack_warm
 from meshd.core.scheduler import Key, Load
 from meshd.orchestrate.access import Standing
 from meshd.orchestrate.decoding import Malformed, mapping, sequence, text
@@ -22,6 +23,7 @@ from meshd.orchestrate.distance import reach_of_host
 from meshd.orchestrate.records import (
     CAPABILITY_PREFIX,
     NODE_KEY,
+    WARM_FIELD,
     busy_from,
     capability_key,
     descriptor_from,
@@ -53,6 +55,7 @@ class _Sampled:
 
     value: Mapping[str, Value]
     at_s: float
+    warm: Warm | None = None  # prefixes that it told of; None: it tells of none
 
 
 class Catalogue:
@@ -134,7 +137,7 @@ class Catalogue:
         at_s = self._clock() - age_s
         known = self._loads.get(owner)
         if known is None or at_s >= known.at_s:
-            self._loads[owner] = _Sampled(load, at_s)
+            self._loads[owner] = _Sampled(load, at_s, unpack_warm(load.get(WARM_FIELD)))
             if owner in self._members:
                 self._states[owner] = self._state(owner)
 
@@ -185,6 +188,22 @@ class Catalogue:
         if sampled is None or (age_s := self._clock() - sampled.at_s) > LOAD_TRUST_S:
             return None
         return sampled.value, age_s
+
+    def warm_of(self, owner: NodeId) -> tuple[Warm, float] | None:
+        """The warm prefixes that a node last told of, and when it did; None when that is too long ago."""
+        sampled = self._loads.get(owner)
+        if sampled is None or sampled.warm is None:
+            return None
+        return None if self._clock() - sampled.at_s > LOAD_TRUST_S else (sampled.warm, sampled.at_s)
+
+    def holders(self, kv_key: str) -> tuple[Offer, ...]:
+        """What is offered by nodes that are reached, draining ones too, for whom such KV state is of use."""
+        reached = (PeerState.ALIVE, PeerState.DRAINING)
+        return tuple(
+            offer
+            for offer in self._index.offers()
+            if offer.kv_key == kv_key and self._states.get(offer.owner) in reached
+        )
 
     def load_age_of(self, owner: NodeId) -> float | None:
         """Seconds since the owner sampled the last load that we know, however old; None without one."""

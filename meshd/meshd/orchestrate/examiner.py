@@ -27,6 +27,7 @@ from meshd.health import (
     MdnsFacts,
     PeerAnswer,
     PeerFact,
+    PluginFact,
     Report,
     SeedFact,
     StoreDifference,
@@ -221,6 +222,11 @@ class Examiner:
                 WorkerFact(worker.name, worker.isolation.exposed)
                 for worker in parts.supervisor.statistics()
                 if worker.ready
+            ),
+            plugins=tuple(
+                PluginFact(plugin, complaint.message, complaint.remedy, complaint.is_error)
+                for plugin, complaints in parts.plugin_complaints().items()
+                for complaint in complaints
             ),
             peers=tuple(
                 PeerFact(

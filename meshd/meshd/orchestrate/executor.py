@@ -75,6 +75,7 @@ class Executor:
                 usage=Usage(
                     sum(part.usage.prompt_tokens for part in done),
                     sum(part.usage.completion_tokens for part in done),
+                    sum(part.usage.reasoning_tokens for part in done),
                 ),
                 parts=done,
                 total_s=trio.current_time() - began_s,
@@ -160,6 +161,9 @@ async def _send_piece(send: Send, chunk: Chunk) -> None:
             chunk.seed,
             chunk.data,
             chunk.content_type,
+            chunk.reasoning,
+            chunk.tool_calls,
+            chunk.logprobs,
         )
     )
 

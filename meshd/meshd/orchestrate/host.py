@@ -6,8 +6,9 @@ so slots, queue bounds, draining and the contract of `meshd_plugins.api` hold fo
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from traceback import extract_tb
 from typing import assert_never, cast
 
@@ -15,6 +16,7 @@ import trio
 
 from meshd.core import admission as doors
 from meshd.core.admission import Admission, AdmissionConfig, Admitted, Queued, Ticket
+from meshd.core.prefixes import TAG_BYTES, WARM_MAX
 from meshd.orchestrate.access_guard import Guard, Source
 from meshd.orchestrate.records import check_fits
 from meshd_naming import parse_capability_name
@@ -27,12 +29,16 @@ from meshd_plugins.api import (
     Event,
     Failed,
     Logger,
+    Operation,
+    PrefixHolder,
     Privacy,
     Refused,
     Request,
+    WarmPrefix,
 )
 
 Emit = Callable[[Chunk], Awaitable[None]]
+Warmer = Callable[[Capability, Descriptor, Request, Source], Awaitable[None]]
 CLOSE_DEADLINE_S = 2.0  # for a capability to clean up when its request is cancelled
 HOSTED_MAX = 200  # capabilities; with their models and some tombstones they fit into one record
 
@@ -73,6 +79,7 @@ class CapabilityHost:
         load_changed: told when a request comes or goes.
         guard: lets requests in, or not.
         departed: told of requests that a capability took out of the mesh, with how they ended.
+        warmer: runs before a request that has its slot, to fetch what is warm elsewhere; raises nothing.
         log: bound logger.
     """
 
@@ -85,7 +92,9 @@ class CapabilityHost:
         load_changed: Callable[[], None],
         log: Logger,
         departed: Callable[[Departure], None] = lambda _departure: None,
+        warmer: Warmer | None = None,
     ) -> None:
+        self._warmer = warmer
         self._guard = guard
         self._departed = departed
         self._queue_max = queue_max
@@ -96,6 +105,7 @@ class CapabilityHost:
         self._waiting: dict[Ticket, trio.Event] = {}
         self._draining = False
         self._in_flight = 0
+        self._tunnels: dict[int, trio.CancelScope] = {}
         self._idle = trio.Event()
         self._idle.set()
 
@@ -164,6 +174,36 @@ class CapabilityHost:
         loads = {key: hosted.door.load() for key, hosted in self._hosted.items()}
         return {key: (load["busy"], load["queued"]) for key, load in loads.items()}
 
+    def holders(self) -> tuple[tuple[Descriptor, PrefixHolder], ...]:
+        """The capabilities that keep KV state which other nodes may take over."""
+        return tuple(
+            (hosted.descriptor, hosted.capability)
+            for hosted in self._hosted.values()
+            if isinstance(hosted.capability, PrefixHolder) and hosted.descriptor.model is not None
+        )
+
+    def warm(self) -> tuple[tuple[bytes, int], ...] | None:
+        """Tags and tokens of what is warm here, at most `WARM_MAX`; None when nothing here keeps any.
+
+        The most recently used of each model first; names of one model share what they keep.
+        """
+        holders = self.holders()
+        if not holders:
+            return None
+        lists: list[Sequence[WarmPrefix]] = []
+        for descriptor, holder in holders:
+            try:
+                with _Boundary(descriptor.id, self._log):
+                    lists.append([each for each in holder.warm()[:WARM_MAX] if _is_whole(each)])
+            except CapabilityError:
+                continue  # the boundary has logged it
+        found: dict[bytes, int] = {}
+        for row in zip_longest(*lists):
+            for prefix in row:
+                if prefix is not None and len(found) < WARM_MAX:
+                    found.setdefault(prefix.tag, prefix.tokens)
+        return tuple(found.items())
+
     @property
     def queue_max(self) -> int:
         """How many requests may wait for one capability."""
@@ -203,13 +243,28 @@ class CapabilityHost:
         self._guard.admit(hosted.descriptor, request.name, request.privacy, source)
         if hosted.descriptor.privacy is Privacy.CLOUD:
             return await self._outside(hosted, request, emit, source)
-        return await self._timed(hosted, request, emit)
+        if request.operation is Operation.TUNNEL:
+            return await self._tunnelled(hosted, request, emit, source)
+        return await self._timed(hosted, request, emit, source)
+
+    async def _tunnelled(
+        self, hosted: _Hosted, request: Request, emit: Emit, source: Source
+    ) -> Done:
+        """Run a tunnel, which nothing ends by itself: draining does."""
+        scope = trio.CancelScope()
+        self._tunnels[id(scope)] = scope
+        try:
+            with scope:
+                return await self._timed(hosted, request, emit, source)
+        finally:
+            del self._tunnels[id(scope)]
+        raise Failed("this node is going down", code="draining")
 
     async def _outside(self, hosted: _Hosted, request: Request, emit: Emit, source: Source) -> Done:
         """Run a request that leaves the mesh, and tell of it however it ends."""
         outcome = "cancelled"
         try:
-            done = await self._timed(hosted, request, emit)
+            done = await self._timed(hosted, request, emit, source)
             outcome = "ok"
             return done
         except CapabilityError as error:
@@ -218,14 +273,14 @@ class CapabilityHost:
         finally:
             self._departed(Departure(hosted.descriptor.id, request, source, outcome))
 
-    async def _timed(self, hosted: _Hosted, request: Request, emit: Emit) -> Done:
+    async def _timed(self, hosted: _Hosted, request: Request, emit: Emit, source: Source) -> Done:
         self._in_flight += 1
         if self._in_flight == 1:
             self._idle = trio.Event()
         self._load_changed()
         try:
             with trio.move_on_after(request.deadline_s):
-                return await self._admitted(hosted, request, emit)
+                return await self._admitted(hosted, request, emit, source)
             raise Failed(
                 f"{hosted.descriptor.id} did not finish within {request.deadline_s:.1f} s",
                 code="deadline_exceeded",
@@ -239,6 +294,8 @@ class CapabilityHost:
     def close_to_peers(self) -> None:
         """Say that we drain. Asks that this node has taken already still find their slots here."""
         self._draining = True
+        for scope in self._tunnels.values():
+            scope.cancel()
         self._load_changed()
 
     async def drain(self) -> None:
@@ -248,7 +305,9 @@ class CapabilityHost:
             self._turn_away(hosted.door)
         await self._idle.wait()
 
-    async def _admitted(self, hosted: _Hosted, request: Request, emit: Emit) -> Done:
+    async def _admitted(
+        self, hosted: _Hosted, request: Request, emit: Emit, source: Source
+    ) -> Done:
         now_s = trio.current_time()
         ticket = Ticket(request.request_id, request.caller, now_s + request.deadline_s)
         verdict = hosted.door.request(ticket, now_s)
@@ -262,6 +321,8 @@ class CapabilityHost:
             case _:
                 assert_never(verdict)
         try:
+            if self._warmer is not None and source.hint is not None:
+                await self._warmer(hosted.capability, hosted.descriptor, request, source)
             return await self._run(hosted, request, emit)
         finally:
             self._release(hosted.door, ticket)
@@ -354,6 +415,11 @@ class _Boundary:
         where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
         self._log.error("capability.crashed", capability=self._name, error=kind, where=where)
         return Failed(f"{self._name} crashed: {kind}", code="crashed")
+
+
+def _is_whole(prefix: WarmPrefix) -> bool:
+    """Plugins need not be type-checked; what is no tag at all raises, within their boundary."""
+    return type(prefix.tag) is bytes and len(prefix.tag) == TAG_BYTES and prefix.tokens > 0
 
 
 def _checked(descriptor: Descriptor) -> Descriptor:

@@ -17,6 +17,7 @@ from meshd.orchestrate.events import Answered, Ask, AskEvent, Piece, Routed
 from meshd.orchestrate.executor import Executor
 from meshd.orchestrate.metrics import Family
 from meshd.orchestrate.planner import AUTO, plan
+from meshd.orchestrate.records import load_for_people
 from meshd.orchestrate.service import Take
 from meshd_cms import NodeId, node_id_text
 from meshd_naming import NamingError, ResolveOptions
@@ -243,7 +244,7 @@ class Mesh:
             if view.round_trip_s is None
             else round(view.round_trip_s * 1e3, 2),
             "load_age_s": None if load_age_s is None else round(load_age_s, 1),
-            "load": {} if shown is None else dict(shown[0]),
+            "load": {} if shown is None else load_for_people(shown[0]),
             "capabilities": len(serves),
             "serves": sorted(set(serves)),
         }
@@ -272,7 +273,8 @@ class _CanonicalLine:
                 if self._first_s is None:
                     self._first_s = trio.current_time() - self._began_s
                 self._pieces += 1
-                self._bytes += len(event.text) + len(event.data)
+                self._bytes += len(event.text) + len(event.data) + len(event.reasoning)
+                self._bytes += sum(len(call.arguments) for call in event.tool_calls)
             case Answered():
                 self.answered = event
             case _:

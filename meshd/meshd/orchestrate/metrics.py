@@ -72,6 +72,14 @@ def _families(status: Mapping[str, Value]) -> Iterator[Family]:
         is_counter=True,
         samples=_labelled("kind", _summed(_table(status.get("offences")))),
     )
+    prefixes = _table(counters.get("prefixes"))
+    yield Family(
+        "meshd_prefixes_fetches_total",
+        "KV states of prefixes that were fetched from peers, or why one was computed instead.",
+        is_counter=True,
+        samples=_labelled("outcome", _counts(prefixes.get("fetches"))),
+    )
+    yield from _area("prefixes", _counts(prefixes))
     for area in ("streams", "routing", "storage", "discovery", "plugins", "audit"):
         yield from _area(area, _counts(counters.get(area)))
 

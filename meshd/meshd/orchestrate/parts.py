@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from meshd.config import Config
@@ -12,6 +12,7 @@ from meshd.core.sealing import Opener
 from meshd.orchestrate.announcer import Announcer
 from meshd.orchestrate.audit import Audit
 from meshd.orchestrate.catalogue import Catalogue
+from meshd.orchestrate.handoff import HandoffStatistics
 from meshd.orchestrate.host import CapabilityHost
 from meshd.orchestrate.router import Router
 from meshd.orchestrate.trust_desk import TrustDesk
@@ -23,6 +24,7 @@ from meshd.shell.streams import PeerStreams
 from meshd.shell.supervisor import ProcessSupervisor
 from meshd.trust.identity import Identity
 from meshd_cms import NodeId, Store
+from meshd_plugins.api import Complaint
 
 MDNS_SHOWN_MAX = 256  # addresses kept for `meshd status`; hints beyond it still count
 
@@ -50,6 +52,7 @@ class Parts:
         software: release, such as `meshd 0.1.0`.
         began_s: when the daemon began, monotonic.
         plugin_statistics: counters of the plugin manager.
+        plugin_complaints: what plugins think is wrong, by their names.
     """
 
     config: Config
@@ -67,6 +70,7 @@ class Parts:
     announcer: Announcer
     catalogue: Catalogue
     router: Router
+    handoff: HandoffStatistics
     audit: Audit
     trust: TrustDesk
     address: Callable[[], Address]
@@ -74,6 +78,7 @@ class Parts:
     software: str
     began_s: float
     plugin_statistics: Callable[[], Mapping[str, int]]
+    plugin_complaints: Callable[[], Mapping[str, Sequence[Complaint]]]
 
     @property
     def me(self) -> NodeId:

@@ -16,7 +16,14 @@ from meshd_naming import Kind, parse_query
 from meshd_plugins.api import BadRequest, Operation, Value
 
 AUTO = "auto"
+ANY_OF: Mapping[Operation, str] = {
+    Operation.EMBED: "computation.gpt/embed/**",
+    Operation.RERANK: "computation.gpt/rerank/**",
+}
+"""What `auto` means for operations that do not ask for the meaning of a text (decision 0027)."""
 _ASKING = ("messages", "prompt", "input")  # body fields that hold the question itself
+# Fields that ask for what no calculation and no document has, and what two answers joined would not be.
+_MODELS_ONLY = ("tools", "response_format", "grammar", "logprobs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +57,10 @@ def plan(ask: Ask, data_names: Sequence[str]) -> Plan:
     """
     if ask.target != AUTO:
         return _by_name(ask, "asked by name")
-    if ask.operation is Operation.EMBED:  # the meaning of the text is not asked for, only its place
-        return _by_name(replace(ask, target=GENERAL), "embeddings are made by a language model")
+    if (name := ANY_OF.get(ask.operation)) is not None:
+        return _by_name(replace(ask, target=name), f"somebody who can {ask.operation}")
+    if any(ask.body.get(field) for field in _MODELS_ONLY):
+        return _by_name(replace(ask, target=GENERAL), "only a language model answers in this form")
     question = question_of(ask.body)
     if not question.strip():
         raise BadRequest("there is no question in the request: 'auto' needs one to choose a name")
@@ -81,6 +90,8 @@ def question_of(body: Mapping[str, Value]) -> str:
 
 def operation_for(name: str, wanted: Operation) -> Operation:
     """The operation that a name's kind takes, whatever API the request came by."""
+    if wanted in ANY_OF:  # an answer in words would be none, whoever gives it
+        return wanted
     match parse_query(name).kind:
         case Kind.DATA:
             return Operation.FETCH
@@ -94,7 +105,7 @@ def body_for(operation: Operation, body: Mapping[str, Value], question: str) -> 
     """The body that an operation takes, from one of another: sampling parameters are kept."""
     rest = {key: value for key, value in body.items() if key not in _ASKING}
     match operation:
-        case Operation.FETCH:
+        case Operation.FETCH | Operation.TUNNEL:
             return {}
         case Operation.RUN:
             return {**rest, "input": body.get("input", question)}
@@ -106,6 +117,8 @@ def body_for(operation: Operation, body: Mapping[str, Value], question: str) -> 
             return {**rest, "prompt": body.get("prompt", question)}
         case Operation.EMBED:
             return {**rest, "input": body.get("input", question)}
+        case Operation.RERANK:
+            return dict(body)
 
 
 def _by_name(ask: Ask, reason: str) -> Plan:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from meshd.core.prefixes import pack_warm, unpack_warm
 from meshd.orchestrate.decoding import Malformed, count, mapping, number, sequence, text, typed
 from meshd_cms import ENTRY_BYTES_MAX, Entry, StoreError, ValueTooLarge, Version
 from meshd_cms.entries import UNSIGNED, check_key, entry_size_bytes, pack_value
@@ -25,6 +26,7 @@ HARDWARE_KEY = "hw"
 CAPABILITY_PREFIX = "cap/"
 MODEL_PREFIX = "model/"
 LOAD_KEY = "load"  # soft
+WARM_FIELD = "warm"  # of a load
 DIGEST_CHARS = 16  # of the model's sha256 in keys: the whole digest is in the value
 SUMMARY_CHARS_MAX = 120  # what is longer is cut
 LICENCE_CHARS_MAX = 60  # some model files carry the text of a licence where its name belongs
@@ -81,7 +83,9 @@ def model_value(model: ModelFacts) -> dict[str, Value]:
         "licence": _cut(model.licence, LICENCE_CHARS_MAX),
         "modalities": list(model.modalities),
         "chat_template_digest": model.chat_template_digest,
+        "pooling": model.pooling,
         "kv_key": model.kv_key,
+        "kv_bytes_per_token": model.kv_bytes_per_token,
     }
 
 
@@ -113,18 +117,21 @@ def load_value(
     queue_max: int,
     draining: bool,
     figures: Mapping[str, Value],
+    warm: Sequence[tuple[bytes, int]] | None = None,
     bytes_max: int = SOFT_VALUE_BYTES_MAX,
 ) -> dict[str, Value]:
     """What the soft state `load` and every reply carry, within `bytes_max` when encoded.
 
     Only capabilities that run or queue something are listed; one that is not, is idle. If that is too
-    long, the device's figures go first, then the least busy capabilities.
+    long, the device's figures go first, then warm prefixes, then the least busy capabilities.
 
     Args:
         busy: requests that run and that wait, by capability id.
         queue_max: how many may wait for one capability.
         draining: the node takes no new work.
         figures: how busy the device is, from plugins.
+        warm: tags and tokens of the prefixes that are warm here, the most recently used first; None: nothing
+            here keeps any.
         bytes_max: of the encoded value.
     """
     listed = sorted(
@@ -132,15 +139,29 @@ def load_value(
     )
     head: dict[str, Value] = {"queue_max": queue_max, "draining": draining}
     shown: Mapping[str, Value] = figures
+    told = None if warm is None else pack_warm(warm)
     while True:
         capabilities: dict[str, Value] = {key: list(taken) for _, key, taken in listed}
         value = {**shown, **head, "capabilities": capabilities}
-        if _fits(value, bytes_max) or not (shown or listed):
+        if told is not None:
+            value[WARM_FIELD] = told
+        if _fits(value, bytes_max) or not (shown or told or listed):
             return value
         if shown:
             shown = {}
+        elif told:
+            told = None
         else:
             listed.pop()
+
+
+def load_for_people(load: Mapping[str, Value]) -> dict[str, Value]:
+    """A load to be shown: of what is warm, how many prefixes that are."""
+    shown = dict(load)
+    told = unpack_warm(shown.pop(WARM_FIELD, None))
+    if told is not None:
+        shown["warm_prefixes"] = told.count
+    return shown
 
 
 def _fits(value: Value, bytes_max: int) -> bool:
@@ -227,7 +248,9 @@ def model_from(value: Value) -> ModelFacts:
             for each in sequence(table.get("modalities", ["text"]), "modalities")
         ),
         chat_template_digest=text(table.get("chat_template_digest", ""), "chat template"),
+        pooling=text(table.get("pooling", ""), "pooling"),
         kv_key=text(table.get("kv_key", ""), "kv_key"),
+        kv_bytes_per_token=count(table.get("kv_bytes_per_token", 0), "kv_bytes_per_token"),
     )
 
 

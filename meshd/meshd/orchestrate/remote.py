@@ -13,15 +13,14 @@ from meshd.orchestrate.callers import Caller, Passports, id_text
 from meshd.orchestrate.decoding import Malformed, mapping
 from meshd.orchestrate.distance import reach_of_host
 from meshd.orchestrate.host import CapabilityHost, Emit
+from meshd.orchestrate.plugin_peers import next_bytes, told
 from meshd.orchestrate.router import Target
 from meshd.orchestrate.wire import chunk_from_value, chunk_to_value, done_from_value, done_to_value
 from meshd.shell.streams import (
     CallHeader,
-    FrameTooLarge,
     IncomingCall,
     OutgoingCall,
     PeerStreams,
-    PeerUnreachable,
     RemoteFailed,
     RemoteRefused,
     StreamError,
@@ -33,7 +32,6 @@ from meshd_plugins.api import (
     CapabilityError,
     Chunk,
     Done,
-    Failed,
     Logger,
     Operation,
     Privacy,
@@ -91,8 +89,10 @@ class PeerCapabilities:
             remaining_s=request.deadline_s,
             hops=request.hops,
             idempotency_id=request.idempotency_id,
+            tags=request.tags,
+            hint=target.hint,
         )
-        try:
+        with told():
             async with self._streams.call(
                 target.owner,
                 target.address,
@@ -101,19 +101,6 @@ class PeerCapabilities:
                 check=partial(check_departure, request.privacy),
             ) as call:
                 return await self._answered(call, target, header, caller, emit)
-        except RemoteRefused as refusal:
-            raise Refused(refusal.message, code=refusal.code) from refusal
-        except RemoteFailed as failure:
-            kind = BadRequest if failure.callers_fault else Failed
-            raise kind(failure.message, code=failure.code) from failure
-        except PeerUnreachable as error:
-            raise Failed(error.message, code=PeerUnreachable.code) from error
-        except StreamError as error:
-            raise Failed(error.message, code="stream_lost") from error
-        except FrameTooLarge as error:
-            raise Refused(str(error), code="too_large") from error
-        except UnsendableError as error:
-            raise BadRequest(str(error), code=error.code) from error
 
     async def _answered(
         self,
@@ -200,7 +187,7 @@ class CallServer:
         try:
             caller = self._passports.read(call.header, call.peer)
             request = self._request(call, caller)
-            source = Source(caller, call.peer, reach_of_host(call.host))
+            source = Source(caller, call.peer, reach_of_host(call.host), call.header.hint)
             done = await self._host.invoke(call.header.capability_id, request, emit, source)
             outcome = "ok"
             return done_to_value(done)
@@ -246,10 +233,11 @@ class CallServer:
                 f"forwarded {header.hops} times, {self._hops_max} are allowed", code="hop_limit"
             )
         try:
+            operation = Operation(header.operation)
             return Request(
                 request_id=header.request_id,
                 name=header.name,
-                operation=Operation(header.operation),
+                operation=operation,
                 body=mapping(call.body, "body"),
                 caller=str(caller),
                 privacy=Privacy(header.privacy),
@@ -257,6 +245,8 @@ class CallServer:
                 idempotency_id=header.idempotency_id,
                 hops=header.hops,
                 deadline_s=header.remaining_s,
+                tags=header.tags,
+                incoming=partial(next_bytes, call) if operation is Operation.TUNNEL else None,
             )
         except (Malformed, ValueError) as error:
             raise BadRequest(f"the call is malformed: {error}", code="malformed_call") from error

@@ -11,6 +11,7 @@ from meshd import __version__
 from meshd.core.membership import MemberState
 from meshd.health import Tally
 from meshd.orchestrate.parts import Parts, at
+from meshd.orchestrate.records import load_for_people
 from meshd.shell.supervisor import WorkerStatus
 from meshd_cms import NodeId, node_id_short, node_id_text
 from meshd_plugins.api import Value
@@ -41,7 +42,7 @@ def status_value(parts: Parts, tally: Tally) -> Mapping[str, Value]:
         "health": asdict(tally),
         "trust": parts.trust.brief(),
         "capabilities": [descriptor.id for descriptor in parts.host.descriptors()],
-        "load": dict(parts.announcer.load()),
+        "load": load_for_people(parts.announcer.load()),
         "load_ages_s": _load_ages(parts),
         "discovery": _discovery(parts),
         "workers": [worker_value(worker) for worker in parts.supervisor.statistics()],
@@ -113,6 +114,7 @@ def _counters(parts: Parts) -> Mapping[str, Value]:
         "dropped": dict(parts.opener.statistics()),
         "streams": asdict(parts.streams.statistics),
         "routing": asdict(parts.router.statistics),
+        "prefixes": asdict(parts.handoff),
         "storage": asdict(parts.storage.statistics),
         "audit": asdict(parts.audit.statistics),
         "plugins": dict(parts.plugin_statistics()),

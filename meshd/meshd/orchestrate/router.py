@@ -17,19 +17,22 @@ from typing import Protocol
 import trio
 
 from meshd.core.effects import Address
-from meshd.core.scheduler import Choice, Demand, Scheduler
+from meshd.core.frames import WarmHint
+from meshd.core.scheduler import Choice, Demand, Scheduler, loading_s
 from meshd.orchestrate.access import Decision
 from meshd.orchestrate.access_guard import Guard, Source
 from meshd.orchestrate.callers import Caller
 from meshd.orchestrate.catalogue import Catalogue
 from meshd.orchestrate.events import PlannedSubtask, Routed, SubtaskDone
 from meshd.orchestrate.host import CapabilityHost, Emit
+from meshd.orchestrate.warmth import Beginning, Warmth
 from meshd_cms import NodeId, node_id_text
-from meshd_naming import Candidate, ResolveOptions
+from meshd_naming import Candidate, Offer, ResolveOptions
 from meshd_plugins.api import (
     Chunk,
     Done,
     Failed,
+    Operation,
     Privacy,
     Refused,
     Request,
@@ -38,6 +41,12 @@ from meshd_plugins.api import (
 
 CHARS_PER_TOKEN = 4  # for the estimate of a prompt's length, nothing else
 ANSWER_TOKENS_DEFAULT = 128
+COMPUTING_STRETCH = 4.0  # of the expected time of all texts: others' texts share the batches
+COMPUTING_RATE_MIN = 1.0  # tokens/s
+VECTOR_OPERATIONS = frozenset({Operation.EMBED, Operation.RERANK})
+"""Their answers are no tokens, and another model's would not be comparable: nothing general stands in."""
+LOADING_STRETCH = 2.0  # of the time that loading took when it was measured: the disk may be busy
+LOADING_MAX_S = 600.0  # whatever a peer says
 DEADLINE_CODE = "deadline_exceeded"
 
 
@@ -48,6 +57,7 @@ class Target:
     owner: NodeId
     address: Address
     capability_id: str
+    hint: WarmHint | None = None  # where else the request's beginning is warm
 
 
 class Remote(Protocol):
@@ -80,6 +90,7 @@ class RouterStatistics:
     hung: int = 0
     not_served: int = 0
     not_allowed: int = 0  # all that serve it were ruled out by the rules of this node
+    hinted: int = 0  # told the one asked that the beginning is warm elsewhere
 
 
 class Router:
@@ -93,8 +104,10 @@ class Router:
         host: CapabilityHost,
         remote: Remote,
         guard: Guard,
+        warmth: Warmth,
     ) -> None:
         self._guard = guard
+        self._warmth = warmth
         self._config = config
         self._catalogue = catalogue
         self._scheduler = scheduler
@@ -127,12 +140,13 @@ class Router:
         self.statistics.requests += 1
         began_s = trio.current_time()
         deadline = _Deadline(began_s + request.deadline_s, request.deadline_s)
-        choices = self._candidates(subtask, request, caller)
+        beginning = self._warmth.begin(request, caller)
+        choices = self._candidates(subtask, request, caller, beginning)
         failures: list[tuple[str, Refused | Failed]] = []
         for attempt, choice in enumerate(choices, 1):
             self.statistics.retries += attempt > 1
             await routed(_routed(subtask, choice, attempt))
-            trial = _Trial(self, choice.candidate, caller, deadline, emit)
+            trial = _Trial(self, choice.candidate, caller, deadline, emit, beginning)
             try:
                 done = await trial.run(request)
             except (Refused, Failed) as failure:
@@ -145,10 +159,11 @@ class Router:
         raise _told(failures)
 
     def _candidates(
-        self, subtask: PlannedSubtask, request: Request, caller: Caller
+        self, subtask: PlannedSubtask, request: Request, caller: Caller, beginning: Beginning
     ) -> tuple[Choice, ...]:
         options = ResolveOptions(
             operation=str(subtask.operation),
+            allow_general=subtask.operation not in VECTOR_OPERATIONS,
             privacy=request.privacy,
             allow_cloud=request.privacy is Privacy.CLOUD,
         )
@@ -162,6 +177,7 @@ class Router:
             self._catalogue.load_of,
             self._catalogue.round_trip_of,
             trio.current_time(),
+            beginning.warm_tokens,
         )
         return self._allowed(ordered, request, caller)
 
@@ -185,19 +201,29 @@ class Router:
         return tuple(chosen)
 
     async def attempt(
-        self, candidate: Candidate, request: Request, caller: Caller, emit: Emit
+        self,
+        candidate: Candidate,
+        request: Request,
+        caller: Caller,
+        emit: Emit,
+        beginning: Beginning,
     ) -> Done:
         """Ask one candidate, counting it in flight and remembering how it went."""
         offer = candidate.offer
+        request = replace(request, tags=beginning.tags(candidate))
+        hint = beginning.hint(
+            candidate, lambda other: self._guard.may_send(other, caller, request.privacy).allowed
+        )
+        self.statistics.hinted += hint is not None
         key = (offer.owner, offer.capability_id)
         token = self._scheduler.in_flight.begin(key, trio.current_time())
         try:
             if candidate.local:
                 self.statistics.served_here += 1
-                source = Source(caller)
+                source = Source(caller, hint=hint)
                 done = await self._host.invoke(offer.capability_id, request, emit, source)
             else:
-                done = await self._forward(candidate, request, caller, emit)
+                done = await self._forward(candidate, request, caller, emit, hint)
         except Failed as failure:
             self.statistics.failures += 1
             if failure.code != DEADLINE_CODE:  # how long it may take was our choice
@@ -208,12 +234,18 @@ class Router:
             raise
         else:
             self._scheduler.health.succeeded(key, trio.current_time())
+            beginning.served(candidate, done.usage)
             return done
         finally:
             self._scheduler.in_flight.finish(token, trio.current_time())
 
     async def _forward(
-        self, candidate: Candidate, request: Request, caller: Caller, emit: Emit
+        self,
+        candidate: Candidate,
+        request: Request,
+        caller: Caller,
+        emit: Emit,
+        hint: WarmHint | None,
     ) -> Done:
         offer = candidate.offer
         address = self._catalogue.address_of(offer.owner)
@@ -221,7 +253,7 @@ class Router:
             raise Refused(f"{offer.node_name} is not a member any more", code="not_here")
         self.statistics.forwarded += 1
         forwarded = replace(request, hops=request.hops + 1)
-        target = Target(offer.owner, address, offer.capability_id)
+        target = Target(offer.owner, address, offer.capability_id, hint)
         return await self._remote.invoke(target, forwarded, caller, emit)
 
     def note_hung(self, candidate: Candidate) -> None:
@@ -260,13 +292,16 @@ class _Trial:
         caller: Caller,
         deadline: _Deadline,
         emit: Emit,
+        beginning: Beginning,
     ) -> None:
+        self._beginning = beginning
         self._router = router
         self._candidate = candidate
         self._caller = caller
         self._deadline = deadline
         self._emit = emit
         self._silence = trio.CancelScope()
+        self._computing_s = 0.0  # silence that is no wonder
         self.first_at_s: float | None = None  # when the first piece came
 
     async def run(self, request: Request) -> Done:
@@ -279,19 +314,29 @@ class _Trial:
         if now_s >= self._deadline.at_s:
             raise self._deadline.error()
         request = replace(request, deadline_s=self._deadline.at_s - now_s)
-        self._silence.deadline = now_s + self._router.config.first_piece_s
+        self._computing_s = COMPUTING_STRETCH * computing_s(self._candidate.offer, request)
+        self._silence.deadline = now_s + self._first_piece_s
         with trio.move_on_at(self._deadline.at_s):
             with self._silence:
                 return await self._router.attempt(
-                    self._candidate, request, self._caller, self._piece
+                    self._candidate, request, self._caller, self._piece, self._beginning
                 )
             raise self._hung()
         raise self._deadline.error()
 
+    @property
+    def _first_piece_s(self) -> float:
+        """How long it may be silent at first: longer when it must load its model before it can begin."""
+        load_s = min(loading_s(self._candidate.offer), LOADING_MAX_S)
+        return self._router.config.first_piece_s + LOADING_STRETCH * load_s + self._computing_s
+
+    @property
+    def _between_pieces_s(self) -> float:
+        return self._router.config.between_pieces_s + self._computing_s
+
     def _hung(self) -> Failed:
         self._router.note_hung(self._candidate)
-        config = self._router.config
-        silent_s = config.first_piece_s if self.first_at_s is None else config.between_pieces_s
+        silent_s = self._first_piece_s if self.first_at_s is None else self._between_pieces_s
         return Failed(f"nothing came for {silent_s:.0f} s", code="peer_hung")
 
     async def _piece(self, chunk: Chunk) -> None:
@@ -299,7 +344,7 @@ class _Trial:
             self.first_at_s = trio.current_time()
         self._silence.deadline = inf  # our own reader may be slow: that is not the peer's silence
         await self._emit(chunk)
-        self._silence.deadline = trio.current_time() + self._router.config.between_pieces_s
+        self._silence.deadline = trio.current_time() + self._between_pieces_s
 
 
 def _routed(subtask: PlannedSubtask, choice: Choice, attempt: int) -> Routed:
@@ -344,11 +389,25 @@ def _told(failures: Sequence[tuple[str, Refused | Failed]]) -> Refused | Failed:
     return kind(message, code=last.code)
 
 
+def computing_s(offer: Offer, request: Request) -> float:
+    """How long a peer computes without a word: vectors come by the batch, and text at once."""
+    if request.operation not in VECTOR_OPERATIONS or offer.rates is None:
+        return 0.0
+    return demand_of(request).prompt_tokens / max(
+        offer.rates.prefill_tokens_per_s, COMPUTING_RATE_MIN
+    )
+
+
 def demand_of(request: Request) -> Demand:
     """What a request is expected to take: its prompt's length by characters, and the asked maximum."""
+    prompt = 1 + _text_length(request.body) // CHARS_PER_TOKEN
+    if request.operation in VECTOR_OPERATIONS:
+        documents, query = request.body.get("documents"), request.body.get("query")
+        if isinstance(documents, list | tuple):  # the query is read with each of them
+            prompt += max(0, len(documents) - 1) * _text_length(query) // CHARS_PER_TOKEN
+        return Demand(prompt_tokens=prompt, answer_tokens=0)
     asked = request.body.get("max_tokens")
     answer = asked if isinstance(asked, int) and asked > 0 else ANSWER_TOKENS_DEFAULT
-    prompt = 1 + _text_length(request.body) // CHARS_PER_TOKEN
     return Demand(prompt_tokens=prompt, answer_tokens=answer)
 
 

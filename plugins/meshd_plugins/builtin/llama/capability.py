@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Final
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
 
 from meshd_plugins.api import (
-    BadRequest,
     Chunk,
     Descriptor,
     Done,
     Event,
     Failed,
-    Operation,
+    PrefixExport,
+    PrefixHead,
+    Privacy,
     Refused,
     Request,
+    TokenLogprob,
+    ToolCallDelta,
     Usage,
     Value,
+    WarmPrefix,
     Worker,
 )
-from meshd_plugins.builtin.llama.sampling import SEEDS, read_sampling
+from meshd_plugins.builtin.llama.requests import worker_message
+from meshd_plugins.builtin.llama.warmth import WarmPrefixes
 
-MESSAGES_MAX: Final = 1024
-ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+
+class Served(Protocol):
+    """A model, in memory or not."""
+
+    def use(self, deadline_s: float) -> AbstractAsyncContextManager[Worker]:
+        """Its worker, loaded if need be; it stays as long as the context. Raises Refused, Failed."""
+        ...
+
+    @property
+    def prefixes(self) -> WarmPrefixes | None:
+        """What its worker keeps of requests; None while it is not in memory."""
+        ...
 
 
 class LlamaCapability:
-    """Implements `meshd_plugins.api.Capability` over one running worker."""
+    """Implements `meshd_plugins.api.Capability` and `PrefixHolder` over one model."""
 
-    def __init__(self, descriptor: Descriptor, worker: Worker) -> None:
+    def __init__(self, descriptor: Descriptor, model: Served) -> None:
         self._descriptor = descriptor
-        self._worker = worker
+        self._model = model
 
     @property
     def descriptor(self) -> Descriptor:
@@ -43,8 +58,16 @@ class LlamaCapability:
         if request.operation not in self._descriptor.operations:
             raise Refused(f"{self._descriptor.name} cannot {request.operation}", code="unsupported")
         message = worker_message(request.operation, request.body)
+        message |= {
+            "caller": request.caller,
+            "privacy": int(request.privacy),
+            "tags": list(request.tags),
+        }
         # The caller closes this generator (`aclosing`), and so the call: the api module asks it to.
-        async with self._worker.call(message) as call:
+        async with (
+            self._model.use(request.deadline_s) as worker,
+            worker.call(message) as call,
+        ):
             while (item := await call.receive()) is not None:
                 done = item.get("done")
                 if isinstance(done, Mapping):
@@ -53,53 +76,26 @@ class LlamaCapability:
                 yield _chunk(item)  # noqa: ASYNC119
         raise Failed("the worker ended the answer without saying why", code="failed")
 
+    def warm(self) -> Sequence[WarmPrefix]:
+        """What its worker keeps; see `meshd_plugins.api.PrefixHolder`."""
+        prefixes = self._model.prefixes
+        return prefixes.warm() if prefixes is not None else ()
 
-def worker_message(operation: Operation, body: Mapping[str, Value]) -> dict[str, Value]:
-    """Check a request and put it into the worker's words. Raises BadRequest."""
-    sampling = read_sampling(body, default_seed=secrets.randbelow(SEEDS))
-    message: dict[str, Value] = {"operation": operation.value, "sampling": sampling.to_wire()}
-    if operation is Operation.CHAT:
-        message["messages"] = _messages(body.get("messages"))
-        return message
-    prompt = body.get("prompt")
-    if not isinstance(prompt, str) or not prompt:
-        raise BadRequest("prompt must be a string that is not empty")
-    message["prompt"] = prompt
-    return message
+    def export_prefix(
+        self, tag: bytes, caller: str, away: Privacy
+    ) -> AbstractAsyncContextManager[PrefixExport]:
+        """Hand a state out."""
+        return self._held().export_prefix(tag, caller, away)
 
+    async def import_prefix(self, head: PrefixHead, data: AsyncIterable[bytes]) -> int:
+        """Take a state in."""
+        return await self._held().import_prefix(head, data)
 
-def _messages(value: Value) -> list[Value]:
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
-        raise BadRequest("messages must be a list that is not empty")
-    if len(value) > MESSAGES_MAX:
-        raise BadRequest(f"messages holds {len(value)}; the most is {MESSAGES_MAX}")
-    messages: list[Value] = []
-    for number, message in enumerate(value):
-        if not isinstance(message, Mapping):
-            raise BadRequest(f"messages[{number}] must be an object with role and content")
-        role = message.get("role")
-        if role not in ROLES:
-            raise BadRequest(f"messages[{number}].role must be one of {', '.join(ROLES)}")
-        content = _content(message.get("content"), f"messages[{number}].content")
-        messages.append({"role": "system" if role == "developer" else role, "content": content})
-    return messages
-
-
-def _content(value: Value, where: str) -> str:
-    """Return the text of a message: a string, or OpenAI's list of parts when all are text."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise BadRequest(f"{where} must be a string or a list of text parts")
-    texts: list[str] = []
-    for part in value:
-        text = (
-            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
-        )
-        if not isinstance(text, str):
-            raise BadRequest(f"{where}: this model reads text only")
-        texts.append(text)
-    return "".join(texts)
+    def _held(self) -> WarmPrefixes:
+        prefixes = self._model.prefixes
+        if prefixes is None:
+            raise Refused(f"{self._descriptor.name} is not in memory", code="not_warm")
+        return prefixes
 
 
 def _chunk(item: Mapping[str, Value]) -> Chunk:
@@ -111,16 +107,46 @@ def _chunk(item: Mapping[str, Value]) -> Chunk:
         else (),
         position=position if isinstance(position, int) else 0,
         seed=seed if isinstance(seed, int) else None,
+        reasoning=str(item.get("reasoning", "")),
+        tool_calls=tuple(_tool_calls(item.get("tool_calls"))),
+        logprobs=tuple(_logprobs(item.get("logprobs"))),
     )
+
+
+def _rows(value: Value) -> Iterator[Sequence[Any]]:
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for row in value:
+            if isinstance(row, Sequence) and not isinstance(row, str | bytes):
+                yield row
+
+
+def _tool_calls(value: Value) -> Iterator[ToolCallDelta]:
+    for row in _rows(value):
+        match row:
+            case [int(index), str(identity), str(name), str(arguments)]:
+                yield ToolCallDelta(index, identity, name, arguments)
+            case _:
+                raise Failed("the worker told a tool call that is none")
+
+
+def _logprobs(value: Value) -> Iterator[TokenLogprob]:
+    for row in _rows(value):
+        match row:
+            case [int(token), float(logprob), bytes(data), *rest]:
+                yield TokenLogprob(token, logprob, data, tuple(_logprobs(rest[0] if rest else ())))
+            case _:
+                raise Failed("the worker told a probability that is none")
 
 
 def _done(done: Mapping[str, Value]) -> Done:
     prompt, completion = done.get("prompt_tokens"), done.get("completion_tokens")
+    thought = done.get("reasoning_tokens")
     return Done(
         finish_reason=str(done.get("finish_reason", "stop")),
         usage=Usage(
             prompt_tokens=prompt if isinstance(prompt, int) else 0,
             completion_tokens=completion if isinstance(completion, int) else 0,
+            reasoning_tokens=thought if isinstance(thought, int) else 0,
         ),
         detail={
             key: done[key]

@@ -11,11 +11,60 @@ from pathlib import Path
 from typing import Final
 
 from meshd_plugins.api import PluginConfigError, Value
+from meshd_plugins.builtin.llama.models.pooling import CHOICES as POOLINGS
+from meshd_plugins.builtin.llama.split_config import read_split
 
 PACKAGE_PREFIX: Final = "pypi:"
 MODELS_MAX: Final = 32
+SHARED_PROMPTS_MAX: Final = 16
+PROMPT_CHARACTERS: Final = 16_000  # they travel on a command line
 SLOTS_MAX: Final = 64
+BATCH_TOKENS_MAX: Final = 4096
+LORA_MAX: Final = 8
+HUB_URL_DEFAULT: Final = "https://huggingface.co"
+KNOWN: Final = (
+    "models",
+    "hub_url",
+    "disk_mib_max",
+    "memory_mib_max",
+    "reserve_mib",
+    "residency_min_s",
+    "rpc",
+)
+"""Keys of the table."""
+
+LIBRARY: Final = ("llama_cpp", "jinja2")
 INSTALL_HINT: Final = "pip install 'edge-meshd[llama]'"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """One adapter of a model."""
+
+    path: str  # absolute: a GGUF file made for that very model
+    scale: float = 1.0  # how much of it; 0.0: nothing
+    sha256: str = ""  # as of a model
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What all models of the node share."""
+
+    memory_mib_max: int = (
+        0  # of all loaded models together; 0: what the machine has, less `reserve`
+    )
+    reserve_mib: int = 0  # left free for everything else; 0: a tenth of the machine, 256 at least
+    residency_min_s: int = 30
+    """A loaded model is not unloaded for another one before that: else two models in turn would spend all
+    time loading. Up: fewer loads, longer refusals."""
+
+
+@dataclass(frozen=True, slots=True)
+class LibraryConfig:
+    """Of the models that `meshd model add` fetches."""
+
+    hub_url: str = HUB_URL_DEFAULT  # where hf:OWNER/REPO/FILE is: the hub itself, or a mirror of it
+    disk_mib_max: int = 0  # of all fetched models together; 0: what the disk has, less a reserve
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,22 +73,42 @@ class ModelConfig:
 
     path: str  # absolute, or "pypi:PACKAGE": the GGUF file inside an installed package
     names: tuple[str, ...]  # what it is announced as, at least one
-    context: int = (
-        2048  # tokens of one request, prompt and answer; memory grows with it, times slots
-    )
-    slots: int = 1  # requests served at once; each reserves the memory of one context
-    threads: int = 0  # 0: one a physical core
-    gpu_layers: int = -1  # layers put on the GPU, where the build has one; -1: all
+    context: int = 4096
+    """Tokens of one request, prompt and answer; memory grows with it, times slots. 0: as much as the model
+    was trained with and the memory holds."""
+    slots: int = 0  # requests served at once; each reserves the memory of one context; 0: 1 to 4
+    threads: int = 0  # 0: one a physical core, of the fast ones where cores differ
+    batch: int = 0  # tokens of one step at most; more: faster prompts, more memory; 0: 512
+    chunk: int = 0  # prompt tokens of one step while others generate; 0: what takes 0.4 s
+    prefix_cache_mib: int = 256
+    """What conversations may take that are kept computed beside the slots' own; 0: none. Raising it: more
+    conversations go on without their prompt being computed again."""
+    shared_prompts: tuple[str, ...] = ()
+    """System messages that many send. What is computed of one serves every caller; of anything else, only
+    the caller whose it was: how soon an answer begins would tell what others ask."""
+    gpu_layers: int = -1  # layers put on the GPU, where the build has one; -1: what fits
+    flash_attention: str = "auto"  # on, off, or auto: what llama.cpp chooses for the device
+    keep: str = ""
+    """"loaded": from the start on, never unloaded. "demand": loaded by the first request, unloaded when
+    idle. "": loaded at the start where there is room, unloaded only when another model needs the room."""
+    idle_unload_s: int = 600  # of a model on demand: idle for so long, it is unloaded; 0: never
+    lora: tuple[LoraConfig, ...] = ()  # adapters put on it, all of them always
+    embeddings: bool = False
+    """Make vectors of texts instead of writing. A model that can do nothing else does it anyway."""
+    pooling: str = ""  # mean, cls, last or rank (scores for documents); "": what the file says
     family: str = ""  # what people call it; "": from the file's name
     memory_mib_max: int = 0  # resident memory at which the worker is ended; 0: no limit of its own
     start_deadline_s: int = 120  # from start to ready; a large model on a slow card needs minutes
     sha256: str = ""  # of the file, hex: another one is not loaded; "": whatever lies there is
     privacy: str = "mesh"  # the widest distance from which it may be called: local, lan or mesh
+    split: tuple[str, ...] = ()
+    """Names of the nodes that hold layers of it beside this one, or "auto": near ones that offer memory, as
+    many as it takes. Empty: this node holds it all."""
 
 
 def read_config(table: Mapping[str, Value]) -> tuple[ModelConfig, ...]:
-    """Check the table; none configured is no error. Raises PluginConfigError."""
-    _reject_unknown(table, ("models",), "plugins.llama")
+    """Check the models of the table; none configured is no error. Raises PluginConfigError."""
+    _reject_unknown(table, KNOWN, "plugins.llama")
     models = table.get("models", ())
     if (
         not isinstance(models, Sequence)
@@ -61,6 +130,27 @@ def read_config(table: Mapping[str, Value]) -> tuple[ModelConfig, ...]:
                 )
             seen.add((config.path, name))
     return configs
+
+
+def read_limits(table: Mapping[str, Value]) -> Limits:
+    """Check what all models share. Raises PluginConfigError."""
+    where = "plugins.llama"
+    return Limits(
+        memory_mib_max=_integer(table, "memory_mib_max", where, 0, 2**31, Limits),
+        reserve_mib=_integer(table, "reserve_mib", where, 0, 2**31, Limits),
+        residency_min_s=_integer(table, "residency_min_s", where, 0, 86_400, Limits),
+    )
+
+
+def read_library(table: Mapping[str, Value]) -> LibraryConfig:
+    """Check what is about fetched models. Raises PluginConfigError."""
+    hub_url = table.get("hub_url", HUB_URL_DEFAULT)
+    if not isinstance(hub_url, str) or not re.fullmatch(r"https?://[^/?#\s@]+[^?#\s@]*", hub_url):
+        raise PluginConfigError(
+            f"plugins.llama.hub_url is {hub_url!r}: give an address like {HUB_URL_DEFAULT}"
+        )
+    disk_mib_max = _integer(table, "disk_mib_max", "plugins.llama", 0, 2**31, LibraryConfig)
+    return LibraryConfig(hub_url, disk_mib_max)
 
 
 def _read_model(entry: Value, where: str) -> ModelConfig:
@@ -89,28 +179,109 @@ def _read_model(entry: Value, where: str) -> ModelConfig:
         raise PluginConfigError(f"{where}.family must be a string of at most 80 characters")
     if privacy not in ("local", "lan", "mesh"):
         raise PluginConfigError(f"{where}.privacy is {privacy!r}: one of local, lan, mesh")
+    return ModelConfig(
+        path=path,
+        names=tuple(str(name) for name in names),
+        context=_integer(entry, "context", where, 0, 1_048_576),
+        slots=_integer(entry, "slots", where, 0, SLOTS_MAX),
+        threads=_integer(entry, "threads", where, 0, 1024),
+        prefix_cache_mib=_integer(entry, "prefix_cache_mib", where, 0, 1 << 20),
+        batch=_integer(entry, "batch", where, 0, BATCH_TOKENS_MAX),
+        chunk=_integer(entry, "chunk", where, 0, BATCH_TOKENS_MAX),
+        flash_attention=_choice(entry, "flash_attention", where, ("auto", "on", "off")),
+        keep=_choice(entry, "keep", where, ("", "loaded", "demand")),
+        idle_unload_s=_integer(entry, "idle_unload_s", where, 0, 31_536_000),
+        lora=_read_lora(entry.get("lora", ()), f"{where}.lora"),
+        shared_prompts=_texts(entry, "shared_prompts", where),
+        gpu_layers=_integer(entry, "gpu_layers", where, -1, 10_000),
+        embeddings=_boolean(entry, "embeddings", where),
+        pooling=_choice(entry, "pooling", where, POOLINGS),
+        family=family,
+        memory_mib_max=_integer(entry, "memory_mib_max", where, 0, 2**31),
+        start_deadline_s=_integer(entry, "start_deadline_s", where, 1, 3600),
+        sha256=_digest(entry, where),
+        privacy=str(privacy),
+        split=read_split(entry, where),
+    )
+
+
+def _read_lora(value: Value, where: str) -> tuple[LoraConfig, ...]:
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str | bytes)
+        or len(value) > LORA_MAX
+        or not all(isinstance(entry, Mapping) for entry in value)
+    ):
+        raise PluginConfigError(
+            f'{where} must be a list of at most {LORA_MAX} tables like {{path = "/a.gguf", scale = 1.0}}'
+        )
+    adapters: list[LoraConfig] = []
+    for number, entry in enumerate(value):
+        assert isinstance(entry, Mapping)
+        here = f"{where}[{number}]"
+        _reject_unknown(entry, tuple(field.name for field in fields(LoraConfig)), here)
+        path, scale = entry.get("path"), entry.get("scale", 1.0)
+        if not isinstance(path, str) or not Path(path).is_absolute():
+            raise PluginConfigError(f"{here}.path is {path!r}: give an absolute path")
+        if (
+            isinstance(scale, bool)
+            or not isinstance(scale, int | float)
+            or not -100 <= scale <= 100
+        ):
+            raise PluginConfigError(f"{here}.scale is {scale!r}: a number from -100 to 100")
+        adapters.append(LoraConfig(path, float(scale), _digest(entry, here)))
+    return tuple(adapters)
+
+
+def _digest(entry: Mapping[str, Value], where: str) -> str:
     sha256 = entry.get("sha256", "")
     if not isinstance(sha256, str) or not re.fullmatch(r"([0-9a-fA-F]{64})?", sha256):
         raise PluginConfigError(
             f"{where}.sha256 is {sha256!r}: give the 64 hexadecimal digits that sha256sum prints"
         )
-    return ModelConfig(
-        path=path,
-        names=tuple(str(name) for name in names),
-        context=_integer(entry, "context", where, 64, 1_048_576),
-        slots=_integer(entry, "slots", where, 1, SLOTS_MAX),
-        threads=_integer(entry, "threads", where, 0, 1024),
-        gpu_layers=_integer(entry, "gpu_layers", where, -1, 10_000),
-        family=family,
-        memory_mib_max=_integer(entry, "memory_mib_max", where, 0, 2**31),
-        start_deadline_s=_integer(entry, "start_deadline_s", where, 1, 3600),
-        sha256=sha256.lower(),
-        privacy=str(privacy),
-    )
+    return sha256.lower()
 
 
-def _integer(entry: Mapping[str, Value], name: str, where: str, least: int, most: int) -> int:
+def _choice(entry: Mapping[str, Value], name: str, where: str, choices: Sequence[str]) -> str:
     defaults = {field.name: field.default for field in fields(ModelConfig)}
+    value = entry.get(name, defaults[name])
+    if not isinstance(value, str) or value not in choices:
+        known = ", ".join(choice for choice in choices if choice)
+        raise PluginConfigError(f"{where}.{name} is {value!r}: one of {known}")
+    return value
+
+
+def _boolean(entry: Mapping[str, Value], name: str, where: str) -> bool:
+    value = entry.get(name, False)
+    if not isinstance(value, bool):
+        raise PluginConfigError(f"{where}.{name} is {value!r}: true or false")
+    return value
+
+
+def _texts(entry: Mapping[str, Value], name: str, where: str) -> tuple[str, ...]:
+    value = entry.get(name, ())
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str | bytes)
+        or len(value) > SHARED_PROMPTS_MAX
+        or not all(isinstance(text, str) and 0 < len(text) <= PROMPT_CHARACTERS for text in value)
+    ):
+        raise PluginConfigError(
+            f"{where}.{name}: give a list of at most {SHARED_PROMPTS_MAX} texts of 1 to "
+            f"{PROMPT_CHARACTERS} characters"
+        )
+    return tuple(str(text) for text in value)
+
+
+def _integer(
+    entry: Mapping[str, Value],
+    name: str,
+    where: str,
+    least: int,
+    most: int,
+    table: type[ModelConfig | Limits | LibraryConfig] = ModelConfig,
+) -> int:
+    defaults = {field.name: field.default for field in fields(table)}
     value = entry.get(name, defaults[name])
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise PluginConfigError(f"{where}.{name} is {value!r}: an integer from {least} to {most}")
@@ -129,11 +300,16 @@ def _reject_unknown(table: Mapping[str, Value], known: Sequence[str], where: str
 
 def require_library() -> None:
     """Check, without loading it, that the library is there. Raises PluginConfigError."""
-    for module in ("llama_cpp", "jinja2"):
+    for module in LIBRARY:
         if importlib.util.find_spec(module) is None:
             raise PluginConfigError(
                 f"plugins.llama needs {module}, which is not installed: {INSTALL_HINT}"
             )
+
+
+def is_library_there() -> bool:
+    """Whether models can be run at all."""
+    return all(importlib.util.find_spec(module) is not None for module in LIBRARY)
 
 
 def locate_model(path: str) -> Path:

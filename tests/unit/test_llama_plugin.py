@@ -1,0 +1,91 @@
+"""All models of a node together: what an operator is told of them, and can have done."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+from tests.unit.support_residency import Device, run
+
+from meshd_plugins.api import BadRequest, Refused
+from meshd_plugins.builtin.llama.config import Limits, ModelConfig
+from meshd_plugins.builtin.llama.keeping import State
+from meshd_plugins.builtin.llama.models.library import Library
+from meshd_plugins.builtin.llama.plugin import LlamaPlugin
+from meshd_plugins.builtin.llama.residency import THRASH_EVICTIONS
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await trio.lowlevel.checkpoint()
+
+
+def plugin_of(device: Device, *names: str, limits: Limits | None = None) -> LlamaPlugin:
+    """A plugin with a model of 400 MiB for each name."""
+    models: list[ModelConfig] = []
+    for name in names:
+        path = device.folder / f"{name}.gguf"
+        path.write_text(name)
+        device.sizes[name] = 400
+        models.append(
+            ModelConfig(str(path), (f"knowledge.gpt/{name}",), prefix_cache_mib=0, keep="demand")
+        )
+    context = device.tools.context
+    limits = limits or Limits(reserve_mib=1)
+    return LlamaPlugin(context, tuple(models), limits, Library(context), device.folder)
+
+
+def test_what_is_left_out_is_told_and_tried_again_when_asked(tmp_path: Path) -> None:
+    async def body() -> None:
+        device = Device(tmp_path, 1000)
+        device.refusals["a"] = {"refused": "no GGUF", "code": "not_gguf"}
+        plugin = plugin_of(device, "a", "b")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(plugin.run)
+            await until(lambda: len(plugin.keepers) == 2)
+            a, b = plugin.keepers.values()
+            await until(lambda: (a.state, b.state) == (State.QUARANTINED, State.SERVING))
+            [complaint] = plugin.complaints()
+            assert complaint.is_error
+            assert f"The model {a.key} is left out: " in complaint.message
+            assert f"meshd model retry {a.key}" in complaint.remedy
+            standing = plugin.standing()
+            assert (standing[a.key]["state"], standing[b.key]["state"]) == (
+                "quarantined",
+                "serving",
+            )
+            assert "physical core" in str(standing[b.key]["threads_reason"])
+            retry = plugin.operations()["retry"]
+            with pytest.raises(Refused, match="not quarantined"):
+                await anext(retry({"id": b.key}))
+            with pytest.raises(BadRequest, match="give the id of a model"):
+                await anext(retry({}))
+            device.refusals.clear()
+            assert [item async for item in retry({"id": a.key})] == [{"done": {"id": a.key}}]
+            await until(lambda: a.worker is not None)
+            assert plugin.complaints() == ()
+            nursery.cancel_scope.cancel()
+
+    run(body)
+
+
+def test_models_that_are_unloaded_for_one_another_again_and_again_are_told(tmp_path: Path) -> None:
+    async def body() -> None:
+        device = Device(tmp_path, 600)
+        plugin = plugin_of(device, "a", "b", limits=Limits(reserve_mib=1, residency_min_s=0))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(plugin.run)
+            await until(lambda: len(device.started) == 2)  # each is measured once: one had to go
+            a, b = plugin.keepers.values()
+            for number in range(THRASH_EVICTIONS - 1):
+                assert plugin.complaints() == ()
+                async with (b if device.started[-1] == "a" else a).use(60.0):
+                    assert len(device.started) == 3 + number
+            [complaint] = plugin.complaints()
+            assert "6 times within 10 minutes" in complaint.message
+            assert not complaint.is_error
+            device.now_s += 3600.0
+            assert plugin.complaints() == ()
+            nursery.cancel_scope.cancel()
+
+    run(body)
