@@ -134,6 +134,7 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     reasoning_tokens: int = 0  # of the completion's: what the model thought before it answered
+    cached_tokens: int = 0  # of the prompt's: what was found computed
 
 
 @dataclass(frozen=True, slots=True)

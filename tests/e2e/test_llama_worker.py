@@ -227,3 +227,19 @@ def test_a_model_that_passes_our_checks_and_not_llama_cpps_is_quarantined(tmp_pa
         assert not node.announced.by_id
 
     run(body, tmp_path)
+
+
+def test_what_was_computed_of_a_prompt_is_told_and_not_computed_again(tmp_path: Path) -> None:
+    async def body(state: Path) -> None:
+        async with running(state) as node:
+            capability = await node.announced.first()
+            asked = question("Name one colour of the rainbow.", max_tokens=4, **GREEDY)
+            found = []
+            for _ in range(2):
+                answer = await ask(capability, asked)
+                assert answer.done is not None
+                found.append((answer.done.usage.cached_tokens, answer.done.usage.prompt_tokens))
+            (first, _), (second, prompt) = found
+            assert (first, second) == (0, prompt - 1)
+
+    run(body, tmp_path)

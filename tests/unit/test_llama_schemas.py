@@ -169,6 +169,22 @@ def test_all_that_fits_a_small_schema_is_described(schema: Any, texts: list[str]
     assert written == {json.dumps(json.loads(text)) for text in texts}
 
 
+def test_what_nothing_fits_is_left_out_where_it_may_be_absent() -> None:
+    nothing = [
+        {"type": "object", "properties": {}, "additionalProperties": False},
+        {"type": "object", "required": ["a"]},
+    ]
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "null"}},
+        "additionalProperties": {"$ref": "#/$defs/d"},
+        "required": ["a"],
+        "$defs": {"d": {"allOf": nothing}},
+    }
+    walker, chance = Walker(parse(schema_grammar(schema, "schema"))), random.Random(1)
+    assert {json.dumps(json.loads(walker.walk(chance))) for _ in range(50)} == {'{"a": null}'}
+
+
 def test_a_schema_may_contain_itself() -> None:
     schema = {
         "$ref": "#/$defs/node",

@@ -76,6 +76,7 @@ class Executor:
                     sum(part.usage.prompt_tokens for part in done),
                     sum(part.usage.completion_tokens for part in done),
                     sum(part.usage.reasoning_tokens for part in done),
+                    sum(part.usage.cached_tokens for part in done),
                 ),
                 parts=done,
                 total_s=trio.current_time() - began_s,

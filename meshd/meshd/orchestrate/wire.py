@@ -22,7 +22,8 @@ TOKEN_BYTES_MAX: Final = 1_024
 
 _TEXT, _TOKENS, _POSITION, _SEED, _DATA, _TYPE = "t", "k", "p", "s", "d", "c"
 _REASONING, _TOOL_CALLS, _LOGPROBS = "h", "f", "l"
-_REASON, _PROMPT, _COMPLETION, _DETAIL, _THOUGHT = "r", "u", "v", "x", "w"
+_REASON, _PROMPT, _COMPLETION, _DETAIL = "r", "u", "v", "x"
+_THOUGHT, _CACHED = "w", "y"
 
 
 def chunk_to_value(chunk: Chunk) -> dict[str, Value]:
@@ -61,6 +62,8 @@ def done_to_value(done: Done) -> dict[str, Value]:
         value[_COMPLETION] = done.usage.completion_tokens
     if done.usage.reasoning_tokens:
         value[_THOUGHT] = done.usage.reasoning_tokens
+    if done.usage.cached_tokens:
+        value[_CACHED] = done.usage.cached_tokens
     if done.detail:
         value[_DETAIL] = done.detail
     return value
@@ -113,6 +116,7 @@ def done_from_value(value: Value) -> Done:
                 prompt_tokens=count(table.get(_PROMPT, 0), "prompt tokens"),
                 completion_tokens=count(table.get(_COMPLETION, 0), "completion tokens"),
                 reasoning_tokens=count(table.get(_THOUGHT, 0), "reasoning tokens"),
+                cached_tokens=count(table.get(_CACHED, 0), "cached tokens"),
             ),
             detail=mapping(table.get(_DETAIL, {}), "detail"),
         )

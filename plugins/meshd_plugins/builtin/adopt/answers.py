@@ -55,7 +55,6 @@ class Answer(Protocol):
     """What is made of a stream."""
 
     is_over: bool  # nothing more is worth waiting for
-    cached_tokens: int  # of the prompt, that were not computed
 
     @property
     def is_complete(self) -> bool:
@@ -84,7 +83,6 @@ class _Base:
     def __init__(self) -> None:
         self.is_over = False
         self.usage: Usage | None = None
-        self.cached_tokens = 0
         self._finish = ""
         self._timing: Timing | None = None
 
@@ -156,9 +154,7 @@ class OpenAIAnswer(_Base):
                 reasoning_tokens=count(
                     table(usage.get("completion_tokens_details")).get("reasoning_tokens")
                 ),
-            )
-            self.cached_tokens = count(
-                table(usage.get("prompt_tokens_details")).get("cached_tokens")
+                cached_tokens=count(table(usage.get("prompt_tokens_details")).get("cached_tokens")),
             )
         self._timing = from_llama_server(event.get("timings")) or self._timing
 

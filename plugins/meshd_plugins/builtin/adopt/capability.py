@@ -160,7 +160,7 @@ class _Stopwatch:
             # A server that does not count its tokens sends one a part, as far as they are known.
             tokens = done.usage.completion_tokens or stream.parts
             timing = Timing(
-                prefill_tokens=0 if cold else done.usage.prompt_tokens - answer.cached_tokens,
+                prefill_tokens=0 if cold else done.usage.prompt_tokens - done.usage.cached_tokens,
                 prefill_s=waited_s,
                 decode_tokens=tokens - 1,
                 decode_s=stream.last_s - stream.first_s,

@@ -140,13 +140,14 @@ def _logprobs(value: Value) -> Iterator[TokenLogprob]:
 
 def _done(done: Mapping[str, Value]) -> Done:
     prompt, completion = done.get("prompt_tokens"), done.get("completion_tokens")
-    thought = done.get("reasoning_tokens")
+    thought, cached = done.get("reasoning_tokens"), done.get("cached_tokens")
     return Done(
         finish_reason=str(done.get("finish_reason", "stop")),
         usage=Usage(
             prompt_tokens=prompt if isinstance(prompt, int) else 0,
             completion_tokens=completion if isinstance(completion, int) else 0,
             reasoning_tokens=thought if isinstance(thought, int) else 0,
+            cached_tokens=cached if isinstance(cached, int) else 0,
         ),
         detail={
             key: done[key]

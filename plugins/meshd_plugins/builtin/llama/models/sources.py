@@ -161,7 +161,7 @@ def _web(text: str) -> WebSource:
         )
     # What is not ASCII is written as browsers send it.
     url = split._replace(path=quote(split.path, safe="/%:@!$&'()*+,;=~"), fragment="").geturl()
-    if not url.isascii():
+    if not url.isascii() or " " in url:
         raise BadRequest(f"{text!r} has signs that a URL cannot have: write them as %XX")
     return WebSource(text, parts_of(url))
 

@@ -137,7 +137,13 @@ class SchemaCompiler:
     def grammar(self, root: str) -> str:
         """The whole grammar, checked, with the expression as its root. Raises SchemaError, GrammarError."""
         rules = {"root": root, **self._rules}
-        lines = [f"{name} ::= {expression}" for name, expression in rules.items()]
+        # What was begun and then turned out to be impossible is not asked for by any other.
+        wanted, todo = {"root": None}, ["root"]
+        while todo:
+            found = [w for w in rules[todo.pop()].translate(_SIGNS).split() if w in self._rules]
+            todo += [name for name in found if name not in wanted]
+            wanted.update(dict.fromkeys(found))
+        lines = [f"{name} ::= {rules[name]}" for name in rules if name in wanted]
         text = "\n".join((*lines, *_basics(lines))) + "\n"
         check(parse(text), wholly=False)
         return text

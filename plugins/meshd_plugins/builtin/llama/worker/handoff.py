@@ -166,7 +166,7 @@ class Handoff:
     def _begin_import(self, call_id: int, message: Mapping[str, Value]) -> None:
         layout = self._layout()
         raw = message.get("head")
-        head = raw if isinstance(raw, Mapping) else {}
+        head: Mapping[str, Value] = raw if isinstance(raw, Mapping) else {}
         tokens, size, digest = self._read_head(head, layout)
         if len(self._imports) >= IMPORTS_MAX:
             raise _Refusal("busy", "other sequences are being taken over")

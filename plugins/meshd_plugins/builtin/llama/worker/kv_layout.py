@@ -71,7 +71,7 @@ class Layout:
             if position != expected or sequences != 1:
                 raise LayoutError(f"cell {expected} is at position {position}")
         at += tokens * _CELL.size
-        if data[at : at + len(self.words)] != self.words:
+        if bytes(data[at : at + len(self.words)]) != self.words:
             raise LayoutError("another form of the cache")
         at += len(self.words)
         for number, expected_rows in enumerate(self.rows):
