@@ -84,12 +84,6 @@ class PrefixStore(Generic[StateT]):
         self.bytes += size
         return True
 
-    def forget(self, caller: str) -> None:
-        """Drop what belongs to a caller."""
-        for entry in tuple(self._entries):
-            if entry.scope.caller == caller and not entry.pinned:
-                self._drop(entry)
-
     def _drop(self, entry: Kept[StateT]) -> None:
         self._entries.remove(entry)
         self.bytes -= entry.state.size_bytes

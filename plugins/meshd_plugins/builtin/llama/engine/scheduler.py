@@ -138,7 +138,6 @@ class Engine(Generic[SamplerT, StateT]):
         self._active: list[_Active[SamplerT]] = []  # in order of their slots
         self._steps = 0
         self._admitted = 0
-        self._changed = True
         self._store: PrefixStore[StateT] = PrefixStore(config.kept_bytes_max)
         self.slots: Slots[SamplerT, StateT] = Slots(backend, config.slots, self._store)
         self.pinned = config.pinned
