@@ -191,7 +191,7 @@ def remove(settings: Settings, model_id: str, *, yes: bool) -> None:
 def bench(settings: Settings, model_id: str) -> None:
     """Measure the model ID on this node, and announce what was measured.
 
-    Requests that come meanwhile are served, and make the figures worse.
+    Requests that come meanwhile wait until it is done, some seconds.
     """
     done = _operate(settings, "bench", {"id": model_id})
     if not settings.as_json:
