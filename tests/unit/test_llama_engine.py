@@ -40,7 +40,7 @@ def test_a_long_prompt_does_not_stall_a_running_sequence() -> None:
         rows = model.batches[-1]
         assert rows[0].slot == 0
         assert rows[0].output
-        assert len([row for row in rows if row.slot == 1]) == 4
+        assert len([row for row in rows if row.slot == 1]) == 4 + 1  # goes with the token beside it
 
 
 def test_cancel_frees_the_slot_at_once_and_the_next_job_gets_it() -> None:
@@ -92,9 +92,23 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown() -> None:
     assert outputs[-1] == Finished(1, "stop", 3, 3, 0)
 
 
+def test_one_sequence_gets_a_part_of_its_prompt_and_the_others_what_completes_them() -> None:
+    model = FakeModel(4)
+    subject = make_engine(model, slots=4, context=200, chunk=10)
+    for job, tokens in enumerate((30, 6, 3, 4), start=1):
+        subject.submit(make_job(job, [job] * tokens, max_tokens=50))
+    subject.step()  # the first step favours who waited longest: all of the chunk is one part
+    assert [row.token for row in model.batches[-1]] == [1] * 10
+    subject.step()  # 3 and 4 fit, and leave 3 for a prompt of 6: it waits rather than be cut
+    assert sorted(row.token for row in model.batches[-1]) == [3] * 3 + [4] * 4
+    subject.step()
+    prompts = [row.token for row in model.batches[-1] if not row.output or row.token == 2]
+    assert prompts == [2] * 6
+
+
 def test_a_batch_that_is_refused_breaks_its_jobs_and_leaks_nothing() -> None:
     model = FakeModel(2)
-    subject = make_engine(model, slots=2)
+    subject = make_engine(model, slots=2, chunk=60)
     subject.submit(make_job(1))
     subject.submit(make_job(2))
     model.refuse_next = True

@@ -1,10 +1,10 @@
 """The scheduler of sequences: which tokens go into the next batch, and what comes of them.
 
 One model context holds several sequences, one a slot. Each step is one batch: the next token of every
-sequence that is generating, and, up to the chunk size, prompt tokens of the sequences that are not there
-yet. So a long prompt costs the others at most one chunk of waiting per token. The prompt with least left
-goes first, so that a short request does not wait for a long one; every fourth step the one that waited
-longest does, so that a long one comes to its end too.
+sequence that is generating, and, up to the chunk size, prompt tokens of one that is not there yet, or of
+several that it completes. So a long prompt costs the others at most one chunk of waiting per token. The
+prompt with least left goes first, so that a short request does not wait for a long one; every fourth step
+the one that waited longest does, so that a long one comes to its end too.
 
 Invariants, whatever the order of submit, cancel and step:
 - a slot is free, or belongs to exactly one job; a job that ended in any way has none;
@@ -54,7 +54,8 @@ class EngineConfig:
     slots: int
     context_tokens: int  # of one slot
     chunk_tokens: int
-    """Prompt tokens in one step; more: faster prefill, longer steps for the others."""
+    """Prompt tokens in one step, and one more beside sequences that generate. More: faster prefill, longer
+    steps for the others. A step has at most so many rows, and one for each slot."""
     waiting_max: int = WAITING_MAX  # jobs without a slot; beyond it they are refused
     kept_bytes_max: int = 0  # sequences kept outside of the context; 0: none
     pinned: tuple[tuple[int, ...], ...] = ()
@@ -289,7 +290,13 @@ class Engine(Generic[SamplerT, StateT]):
         return rows
 
     def _share_chunk(self) -> None:
-        """Say which prompt tokens are in the next batch: `tokens` of each sequence that prefills."""
+        """Say which prompt tokens are in the next batch: `tokens` of each sequence that prefills.
+
+        llama.cpp computes a batch in parts in which every sequence has equally many tokens, each part with a
+        pass over the weights. So beside sequences that generate (a token each) a chunk is one token longer:
+        that one goes with theirs, and what is left is whole. And only one sequence gets a part of its prompt;
+        of the others those that what is left of the chunk completes.
+        """
         prefilling = [active for active in self._active if active.next_token is None]
         prefilling.sort(key=lambda a: (a.left, a.started))
         if len(prefilling) > 1 and self._steps % OLDEST_FIRST_EVERY == 0:
@@ -297,11 +304,13 @@ class Engine(Generic[SamplerT, StateT]):
             prefilling.remove(oldest)
             prefilling.insert(0, oldest)
         alone = len(prefilling) == len(self._active)
-        budget = self.alone_tokens if alone else self.chunk_tokens
-        for active in prefilling:
-            start = len(active.slot.held)
-            end = min(start + budget, len(active.job.prompt), active.pin or len(active.job.prompt))
-            active.tokens = active.job.prompt[start:end]
+        budget = self.alone_tokens if alone else self.chunk_tokens + 1
+        for turn, active in enumerate(prefilling):
+            start, prompt = len(active.slot.held), active.job.prompt
+            end = min(start + budget, len(prompt), active.pin or len(prompt))
+            if turn and end < len(prompt):
+                end = start
+            active.tokens = prompt[start:end]
             active.waited = 0 if active.tokens else active.waited + 1
             budget -= end - start
 

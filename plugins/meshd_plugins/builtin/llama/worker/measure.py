@@ -39,9 +39,11 @@ class Measured:
 
 def chunk_tokens(prefill_tokens_per_s: float, seconds: float, most: int) -> int:
     """Prompt tokens that take about so long: whole tiles, of which attention is computed faster."""
-    tokens = max(CHUNK_TOKENS_MIN, int(prefill_tokens_per_s * seconds))
-    tokens = min(most, tokens)
-    return max(1, tokens - tokens % TILE_TOKENS if tokens > TILE_TOKENS else tokens)
+    tokens = max(1, min(most, max(CHUNK_TOKENS_MIN, int(prefill_tokens_per_s * seconds))))
+    if tokens < TILE_TOKENS // 2:
+        return tokens
+    # A tile that is begun takes as long as a whole one.
+    return min(most, max(TILE_TOKENS, tokens - tokens % TILE_TOKENS))
 
 
 def measure(backend: LlamaBackend, slots: int) -> Measured:
