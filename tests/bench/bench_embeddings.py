@@ -33,6 +33,7 @@ from typing import Any
 
 import trio
 from tests.bench.engine_machine import Meter, family
+from tests.bench.engine_subjects import with_libraries
 from tests.e2e.support_embedding import Embedder, embedding
 from tests.support_daemons import HOST, Daemon, Mesh, free_port
 from tests.unit.support_encoder import F16, MEAN, EncoderShape, make_encoder, write_encoder
@@ -181,8 +182,9 @@ def llama_server(
     port = free_port()
     command = [str(binary), "--model", str(model), "--host", HOST, "--port", str(port)]
     command += ["--embedding", "--pooling", "mean", "--threads", str(threads), *arguments]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as links:
+        environment = with_libraries(binary, Path(links))
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             _wait_healthy(process, port)
             yield Subject(name, Connections(port, "any").ask, (process.pid,))
