@@ -28,8 +28,8 @@ from tests.bench.engine_subjects import Setting, worker_command
 
 from meshd_plugins.builtin.llama.config import locate_model
 from meshd_plugins.builtin.llama.engine.jobs import Backend
-from meshd_plugins.builtin.llama.launch import WORKER_ENVIRONMENT
 from meshd_plugins.builtin.llama.models.digest import open_verified
+from meshd_plugins.builtin.llama.running.launch import WORKER_ENVIRONMENT
 from meshd_plugins.builtin.llama.worker.__main__ import serve
 from meshd_plugins.builtin.llama.worker.backend import LlamaBackend, physical_cores
 from meshd_plugins.workerkit import Call, Closed, Incoming, Link, pack_frame

@@ -30,8 +30,8 @@ from tests.bench.engine_machine import family
 from tests.support_daemons import HOST, Daemon, Mesh, free_port
 
 from meshd_plugins.builtin.llama.arguments import Arguments
-from meshd_plugins.builtin.llama.launch import WORKER_ENVIRONMENT
 from meshd_plugins.builtin.llama.models.digest import ModelFile, open_verified
+from meshd_plugins.builtin.llama.running.launch import WORKER_ENVIRONMENT
 
 Kind = Literal["worker", "daemon", "server"]
 KINDS: Final[tuple[Kind, ...]] = ("worker", "daemon", "server")

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from meshd_plugins.builtin.llama.config import locate_model
 from meshd_plugins.builtin.llama.engine.jobs import Row
 from meshd_plugins.builtin.llama.engine.text import Logprob
-from meshd_plugins.builtin.llama.launch import SLEEPING_ENVIRONMENT
+from meshd_plugins.builtin.llama.running.launch import SLEEPING_ENVIRONMENT
 from meshd_plugins.builtin.llama.worker.backend import BackendConfig, LlamaBackend
 
 # As a worker has it, and read when the library is loaded: threads that wait by spinning make a busy machine

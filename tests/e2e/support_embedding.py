@@ -25,14 +25,14 @@ from meshd_plugins.api import (
     WorkerSpec,
 )
 from meshd_plugins.builtin.llama.arguments import Arguments
-from meshd_plugins.builtin.llama.embedding import (
+from meshd_plugins.builtin.llama.models.digest import open_verified
+from meshd_plugins.builtin.llama.models.facts import facts_from_wire
+from meshd_plugins.builtin.llama.running.launch import WORKER_ENVIRONMENT
+from meshd_plugins.builtin.llama.serving.embedding import (
     EmbeddingCapability,
     EmbeddingHello,
     describe_embedding,
 )
-from meshd_plugins.builtin.llama.launch import WORKER_ENVIRONMENT
-from meshd_plugins.builtin.llama.models.digest import open_verified
-from meshd_plugins.builtin.llama.models.facts import facts_from_wire
 from meshd_plugins.vectors import Rows, to_floats
 
 Array = npt.NDArray[np.float32]

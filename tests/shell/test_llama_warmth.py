@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from meshd_plugins.api import Failed, PrefixHead, Privacy, Refused, Value, WarmPrefix, WorkerSpec
-from meshd_plugins.builtin.llama.warmth import (
+from meshd_plugins.builtin.llama.serving.warmth import (
     AGAIN_S,
     AHEAD_CALLS,
     EXPORT_BYTES_MAX,

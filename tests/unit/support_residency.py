@@ -10,13 +10,13 @@ import trio
 
 from meshd_plugins.api import Failed, Operation, Request, Value, Worker, WorkerSpec
 from meshd_plugins.builtin.llama.config import Limits, ModelConfig
-from meshd_plugins.builtin.llama.figures import FiguresStore
-from meshd_plugins.builtin.llama.fit import MIB, Shape
-from meshd_plugins.builtin.llama.hardware import Machine
-from meshd_plugins.builtin.llama.keeping import Tools
-from meshd_plugins.builtin.llama.lifecycle import Keeper
-from meshd_plugins.builtin.llama.residency import Residency
-from meshd_plugins.builtin.llama.restarts import Waits
+from meshd_plugins.builtin.llama.running.figures import FiguresStore
+from meshd_plugins.builtin.llama.running.fit import MIB, Shape
+from meshd_plugins.builtin.llama.running.hardware import Machine
+from meshd_plugins.builtin.llama.running.keeping import Tools
+from meshd_plugins.builtin.llama.running.lifecycle import Keeper
+from meshd_plugins.builtin.llama.running.residency import Residency
+from meshd_plugins.builtin.llama.running.restarts import Waits
 from meshd_plugins.testing import FakeCapabilities, FakeLogger, FakeWorker, fake_context
 
 DEADLINE_S = 30

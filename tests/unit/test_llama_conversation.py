@@ -24,7 +24,7 @@ from meshd_plugins.builtin.llama.prompt.gbnf_check import check
 from meshd_plugins.builtin.llama.prompt.special import CUT, MessageCutter
 from meshd_plugins.builtin.llama.prompt.template import ChatTemplate
 from meshd_plugins.builtin.llama.prompt.tools import ToolFormat, ToolSyntax, call_gate, find_format
-from meshd_plugins.builtin.llama.requests import worker_message
+from meshd_plugins.builtin.llama.serving.requests import worker_message
 
 PLAIN = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"

@@ -35,7 +35,9 @@ from meshd_plugins.api import (
     WorkerSpec,
 )
 from meshd_plugins.builtin.llama.config import read_config
-from meshd_plugins.builtin.llama.embedding import (
+from meshd_plugins.builtin.llama.models.gguf import Gguf, read_gguf
+from meshd_plugins.builtin.llama.models.pooling import NoClassifier, Pooling, pooling_of
+from meshd_plugins.builtin.llama.serving.embedding import (
     CALLS_MAX,
     TEXT_BYTES_MAX,
     EmbeddingCapability,
@@ -43,8 +45,6 @@ from meshd_plugins.builtin.llama.embedding import (
     describe_embedding,
     embedding_message,
 )
-from meshd_plugins.builtin.llama.models.gguf import Gguf, read_gguf
-from meshd_plugins.builtin.llama.models.pooling import NoClassifier, Pooling, pooling_of
 from meshd_plugins.testing import FakeWorker, check_capability, make_request
 from meshd_plugins.vectors import INPUTS_MAX
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.unit.support_gguf import F32, STRING, UINT32, entry, gguf, text
 
 from meshd_plugins.api import Value
-from meshd_plugins.builtin.llama.fit import (
+from meshd_plugins.builtin.llama.models.gguf import Gguf, parse_gguf
+from meshd_plugins.builtin.llama.running.fit import (
     GIB,
     MIB,
     DoesNotFit,
@@ -24,7 +25,6 @@ from meshd_plugins.builtin.llama.fit import (
     need,
     shape_of,
 )
-from meshd_plugins.builtin.llama.models.gguf import Gguf, parse_gguf
 
 DEMO = Shape(
     weights_bytes=96_576_768,

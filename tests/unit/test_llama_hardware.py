@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from meshd_plugins.builtin.llama.fit import GIB, MIB
-from meshd_plugins.builtin.llama.hardware import Machine
+from meshd_plugins.builtin.llama.running.fit import GIB, MIB
+from meshd_plugins.builtin.llama.running.hardware import Machine
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:

@@ -9,9 +9,9 @@ from tests.unit.support_residency import Asked, Device, request, run
 
 from meshd_plugins.api import Chunk, Descriptor, Refused, Value
 from meshd_plugins.builtin.llama.config import Limits
-from meshd_plugins.builtin.llama.keeping import State
-from meshd_plugins.builtin.llama.lifecycle import Keeper
-from meshd_plugins.builtin.llama.restarts import CRASHES_MAX, Waits
+from meshd_plugins.builtin.llama.running.keeping import State
+from meshd_plugins.builtin.llama.running.lifecycle import Keeper
+from meshd_plugins.builtin.llama.running.restarts import CRASHES_MAX, Waits
 
 ROOM = Limits(reserve_mib=1, residency_min_s=30)
 

@@ -9,10 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshd_plugins.api import PeerOffer, PluginConfigError, Privacy, Value
-from meshd_plugins.builtin.llama.fit import GIB, MIB, DoesNotFit, Shape, need
-from meshd_plugins.builtin.llama.placement import Lent, capacity_of, choose_lenders, place_layers
-from meshd_plugins.builtin.llama.split import missing, plan, usable
-from meshd_plugins.builtin.llama.split_config import AUTO, RpcConfig, read_rpc, read_split
+from meshd_plugins.builtin.llama.running.fit import GIB, MIB, DoesNotFit, Shape, need
+from meshd_plugins.builtin.llama.split.config import AUTO, RpcConfig, read_rpc, read_split
+from meshd_plugins.builtin.llama.split.coordinator import missing, plan, usable
+from meshd_plugins.builtin.llama.split.placement import (
+    Lent,
+    capacity_of,
+    choose_lenders,
+    place_layers,
+)
 from meshd_plugins.builtin.llama.worker.rpc_client import shares_of
 
 SHAPE = Shape(

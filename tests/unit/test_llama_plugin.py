@@ -9,10 +9,10 @@ from tests.unit.support_residency import Device, run
 
 from meshd_plugins.api import BadRequest, Refused
 from meshd_plugins.builtin.llama.config import Limits, ModelConfig
-from meshd_plugins.builtin.llama.keeping import State
 from meshd_plugins.builtin.llama.models.library import Library
 from meshd_plugins.builtin.llama.plugin import LlamaPlugin
-from meshd_plugins.builtin.llama.residency import THRASH_EVICTIONS
+from meshd_plugins.builtin.llama.running.keeping import State
+from meshd_plugins.builtin.llama.running.residency import THRASH_EVICTIONS
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -1,6 +1,6 @@
 """When the rates of late are announced."""
 
-from meshd_plugins.builtin.llama.recent import LASTING_S, RecentRates, rates_in
+from meshd_plugins.builtin.llama.running.recent import LASTING_S, RecentRates, rates_in
 
 
 def test_a_slower_device_is_announced_once_it_lasts() -> None:

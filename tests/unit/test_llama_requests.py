@@ -7,9 +7,9 @@ import pytest
 
 from meshd_plugins.api import BadRequest, Operation, PluginConfigError, Value
 from meshd_plugins.builtin.llama.config import locate_model, read_config
-from meshd_plugins.builtin.llama.requests import worker_message
-from meshd_plugins.builtin.llama.restarts import CRASHES_MAX, RestartPolicy
+from meshd_plugins.builtin.llama.running.restarts import CRASHES_MAX, RestartPolicy
 from meshd_plugins.builtin.llama.sampling import SEEDS, Sampling, read_sampling
+from meshd_plugins.builtin.llama.serving.requests import worker_message
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshd_plugins.builtin.llama.fit import GIB, Need, Room
-from meshd_plugins.builtin.llama.residency import NoRoom, Seat, choose_evictions
+from meshd_plugins.builtin.llama.running.fit import GIB, Need, Room
+from meshd_plugins.builtin.llama.running.residency import NoRoom, Seat, choose_evictions
 
 NOW_S = 1000.0
 MIN_S = 30.0

@@ -32,7 +32,7 @@ def meshd_register(context: PluginContext) -> None:
         read_limits,
         require_library,
     )
-    from meshd_plugins.builtin.llama.split_config import read_rpc
+    from meshd_plugins.builtin.llama.split.config import read_rpc
 
     read_limits(context.config)
     read_library(context.config)

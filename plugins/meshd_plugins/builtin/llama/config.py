@@ -12,7 +12,7 @@ from typing import Final
 
 from meshd_plugins.api import PluginConfigError, Value
 from meshd_plugins.builtin.llama.models.pooling import CHOICES as POOLINGS
-from meshd_plugins.builtin.llama.split_config import read_split
+from meshd_plugins.builtin.llama.split.config import read_split
 
 PACKAGE_PREFIX: Final = "pypi:"
 MODELS_MAX: Final = 32

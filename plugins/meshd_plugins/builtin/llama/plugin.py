@@ -20,17 +20,21 @@ from meshd_plugins.api import (
     Value,
 )
 from meshd_plugins.builtin.llama.config import Limits, ModelConfig
-from meshd_plugins.builtin.llama.figures import FiguresStore
-from meshd_plugins.builtin.llama.hardware import Machine
-from meshd_plugins.builtin.llama.keeping import State, Tools
-from meshd_plugins.builtin.llama.lending import Lending
-from meshd_plugins.builtin.llama.lifecycle import Keeper
 from meshd_plugins.builtin.llama.models.entries import config_ids
 from meshd_plugins.builtin.llama.models.library import Library
-from meshd_plugins.builtin.llama.residency import THRASH_EVICTIONS, THRASH_WINDOW_S, Residency
-from meshd_plugins.builtin.llama.restarts import Waits
-from meshd_plugins.builtin.llama.split_config import read_rpc
-from meshd_plugins.builtin.llama.split_keeper import SplitKeeper
+from meshd_plugins.builtin.llama.running.figures import FiguresStore
+from meshd_plugins.builtin.llama.running.hardware import Machine
+from meshd_plugins.builtin.llama.running.keeping import State, Tools
+from meshd_plugins.builtin.llama.running.lifecycle import Keeper
+from meshd_plugins.builtin.llama.running.residency import (
+    THRASH_EVICTIONS,
+    THRASH_WINDOW_S,
+    Residency,
+)
+from meshd_plugins.builtin.llama.running.restarts import Waits
+from meshd_plugins.builtin.llama.split.config import read_rpc
+from meshd_plugins.builtin.llama.split.keeper import SplitKeeper
+from meshd_plugins.builtin.llama.split.lending import Lending
 
 WITHDRAW_S: Final = 5.0  # for the last of a model that is taken away
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from meshd_plugins.api import ModelFacts
 from meshd_plugins.builtin.llama.arguments import Arguments
 from meshd_plugins.builtin.llama.engine.scheduler import Engine, EngineConfig
-from meshd_plugins.builtin.llama.fit import shape_of
 from meshd_plugins.builtin.llama.models.adapter import AdapterMismatch
 from meshd_plugins.builtin.llama.models.digest import Mark
 from meshd_plugins.builtin.llama.models.facts import describe_model, facts_to_wire
@@ -23,6 +22,7 @@ from meshd_plugins.builtin.llama.models.gguf import GgufError, read_gguf
 from meshd_plugins.builtin.llama.models.pooling import NoClassifier, Pooling, pooling_of
 from meshd_plugins.builtin.llama.prompt.template import ChatTemplate, TemplateError
 from meshd_plugins.builtin.llama.prompt.tools import tools_of
+from meshd_plugins.builtin.llama.running.fit import shape_of
 from meshd_plugins.builtin.llama.worker.adapters import check_adapters
 from meshd_plugins.builtin.llama.worker.backend import (
     BackendConfig,

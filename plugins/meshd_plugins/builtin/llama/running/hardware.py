@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from meshd_plugins.builtin.hardware.tree import Tree
-from meshd_plugins.builtin.llama.fit import MIB
+from meshd_plugins.builtin.llama.running.fit import MIB
 
 FAST_SHARE: Final = 0.6  # of the highest capacity or frequency, from which a core counts as fast
 RESERVE_SHARE: Final = 0.1

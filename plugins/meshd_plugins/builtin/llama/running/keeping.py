@@ -8,10 +8,10 @@ from enum import StrEnum
 import trio
 
 from meshd_plugins.api import PluginContext
-from meshd_plugins.builtin.llama.figures import FiguresStore
-from meshd_plugins.builtin.llama.hardware import Machine
-from meshd_plugins.builtin.llama.residency import Residency
-from meshd_plugins.builtin.llama.restarts import Waits
+from meshd_plugins.builtin.llama.running.figures import FiguresStore
+from meshd_plugins.builtin.llama.running.hardware import Machine
+from meshd_plugins.builtin.llama.running.residency import Residency
+from meshd_plugins.builtin.llama.running.restarts import Waits
 
 
 class State(StrEnum):

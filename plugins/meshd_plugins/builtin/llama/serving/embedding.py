@@ -24,8 +24,8 @@ from meshd_plugins.api import (
     Value,
     Worker,
 )
-from meshd_plugins.builtin.llama.capability import LlamaCapability, Served
 from meshd_plugins.builtin.llama.models.pooling import Pooling
+from meshd_plugins.builtin.llama.serving.capability import LlamaCapability, Served
 from meshd_plugins.vectors import DIMENSIONS_MAX, INPUTS_MAX, ROWS_TYPE, BrokenRows, Rows
 
 CALLS_MAX: Final = 32

@@ -17,7 +17,8 @@ import trio
 
 from meshd_plugins.api import CapabilityError, Failed, PeerOffer, Refused, WorkerSpec
 from meshd_plugins.builtin.llama.arguments import Arguments
-from meshd_plugins.builtin.llama.fit import (
+from meshd_plugins.builtin.llama.models.digest import ModelRefused
+from meshd_plugins.builtin.llama.running.fit import (
     BATCH_TOKENS,
     CONTEXT_USUAL,
     DoesNotFit,
@@ -26,19 +27,18 @@ from meshd_plugins.builtin.llama.fit import (
     Room,
     need,
 )
-from meshd_plugins.builtin.llama.keeping import State
-from meshd_plugins.builtin.llama.launch import (
+from meshd_plugins.builtin.llama.running.keeping import State
+from meshd_plugins.builtin.llama.running.launch import (
     Inspected,
     check_refusal,
     open_files,
     worker_spec,
 )
-from meshd_plugins.builtin.llama.lending import NAME
-from meshd_plugins.builtin.llama.lifecycle import Keeper
-from meshd_plugins.builtin.llama.models.digest import ModelRefused
-from meshd_plugins.builtin.llama.preparing import wish_of
-from meshd_plugins.builtin.llama.restarts import BACKOFF_FIRST_S, BACKOFF_MAX_S, HEALTHY_S
-from meshd_plugins.builtin.llama.split import (
+from meshd_plugins.builtin.llama.running.lifecycle import Keeper
+from meshd_plugins.builtin.llama.running.preparing import wish_of
+from meshd_plugins.builtin.llama.running.restarts import BACKOFF_FIRST_S, BACKOFF_MAX_S, HEALTHY_S
+from meshd_plugins.builtin.llama.split.config import AUTO, RpcConfig, read_rpc
+from meshd_plugins.builtin.llama.split.coordinator import (
     Lines,
     Part,
     SplitWorker,
@@ -47,7 +47,7 @@ from meshd_plugins.builtin.llama.split import (
     plan,
     usable,
 )
-from meshd_plugins.builtin.llama.split_config import AUTO, RpcConfig, read_rpc
+from meshd_plugins.builtin.llama.split.lending import NAME
 
 LOOK_S: Final = 1.0  # how often lenders are looked for
 SETTLE_S: Final = 5.0

@@ -16,8 +16,8 @@ from typing import Final, Protocol
 import trio
 
 from meshd_plugins.builtin.llama.config import Limits
-from meshd_plugins.builtin.llama.fit import GIB, MIB, Need, Room
-from meshd_plugins.builtin.llama.hardware import Machine
+from meshd_plugins.builtin.llama.running.fit import GIB, MIB, Need, Room
+from meshd_plugins.builtin.llama.running.hardware import Machine
 
 THRASH_WINDOW_S: Final = 600.0
 THRASH_EVICTIONS: Final = 6

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from meshd_plugins.builtin.llama.fit import (
+from meshd_plugins.builtin.llama.running.fit import (
     GIB,
     MIB,
     PROCESS_BYTES,

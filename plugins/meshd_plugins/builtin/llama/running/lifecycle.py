@@ -26,31 +26,31 @@ from meshd_plugins.api import (
     Value,
     Worker,
 )
-from meshd_plugins.builtin.llama.benching import KEPT, TABLES, bench
 from meshd_plugins.builtin.llama.config import ModelConfig, locate_model
-from meshd_plugins.builtin.llama.describe import Announced, Standing, describe, explain_plan
-from meshd_plugins.builtin.llama.door import Door
-from meshd_plugins.builtin.llama.fit import DoesNotFit, Plan, Room, choose
-from meshd_plugins.builtin.llama.keeping import State, Tools
-from meshd_plugins.builtin.llama.launch import (
+from meshd_plugins.builtin.llama.models.digest import ModelRefused
+from meshd_plugins.builtin.llama.running.benching import KEPT, TABLES, bench
+from meshd_plugins.builtin.llama.running.door import Door
+from meshd_plugins.builtin.llama.running.fit import DoesNotFit, Plan, Room, choose
+from meshd_plugins.builtin.llama.running.keeping import State, Tools
+from meshd_plugins.builtin.llama.running.launch import (
     Inspected,
     check_refusal,
     inspect,
     open_files,
     worker_spec,
 )
-from meshd_plugins.builtin.llama.models.digest import ModelRefused
-from meshd_plugins.builtin.llama.preparing import (
+from meshd_plugins.builtin.llama.running.preparing import (
     Prepared,
     capped,
     find_room,
     key_of,
     wish_of,
 )
-from meshd_plugins.builtin.llama.recent import RecentRates, rates_in
-from meshd_plugins.builtin.llama.residency import NoRoom, Seat
-from meshd_plugins.builtin.llama.restarts import CRASHES_MAX, RestartPolicy
-from meshd_plugins.builtin.llama.warmth import WarmPrefixes
+from meshd_plugins.builtin.llama.running.recent import RecentRates, rates_in
+from meshd_plugins.builtin.llama.running.residency import NoRoom, Seat
+from meshd_plugins.builtin.llama.running.restarts import CRASHES_MAX, RestartPolicy
+from meshd_plugins.builtin.llama.serving.describe import Announced, Standing, describe, explain_plan
+from meshd_plugins.builtin.llama.serving.warmth import WarmPrefixes
 
 FILE_LOOK_S: Final = 10.0  # how often the file of a quarantined model is looked at
 LEAVE_S: Final = 30.0  # for requests in flight, when a model is removed

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from meshd_plugins.api import Failed
 from meshd_plugins.builtin.llama.config import ModelConfig
-from meshd_plugins.builtin.llama.figures import figures_key
-from meshd_plugins.builtin.llama.fit import MIB, DoesNotFit, Plan, Room, Wish, choose
-from meshd_plugins.builtin.llama.hardware import Chosen
-from meshd_plugins.builtin.llama.launch import Inspected, Opened
-from meshd_plugins.builtin.llama.residency import NoRoom, Residency
+from meshd_plugins.builtin.llama.running.figures import figures_key
+from meshd_plugins.builtin.llama.running.fit import MIB, DoesNotFit, Plan, Room, Wish, choose
+from meshd_plugins.builtin.llama.running.hardware import Chosen
+from meshd_plugins.builtin.llama.running.launch import Inspected, Opened
+from meshd_plugins.builtin.llama.running.residency import NoRoom, Residency
 
 
 @dataclass(frozen=True, slots=True)

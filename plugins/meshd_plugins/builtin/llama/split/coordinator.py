@@ -33,10 +33,10 @@ from meshd_plugins.api import (
     WorkerCall,
 )
 from meshd_plugins.builtin.llama.arguments import RemotePart
-from meshd_plugins.builtin.llama.connections import Control, read, write
-from meshd_plugins.builtin.llama.fit import MIB, Need, Shape
-from meshd_plugins.builtin.llama.placement import Lent, choose_lenders, place_layers
-from meshd_plugins.builtin.llama.split_config import AUTO
+from meshd_plugins.builtin.llama.running.fit import MIB, Need, Shape
+from meshd_plugins.builtin.llama.split.config import AUTO
+from meshd_plugins.builtin.llama.split.connections import Control, read, write
+from meshd_plugins.builtin.llama.split.placement import Lent, choose_lenders, place_layers
 
 LOST_CODES: Final = ("worker_died", "worker_hung")
 REQUESTS: Final = ("chat", "complete", "embed", "rerank", "kv_begin")

@@ -24,8 +24,8 @@ from meshd_plugins.api import (
     WarmPrefix,
     Worker,
 )
-from meshd_plugins.builtin.llama.requests import worker_message
-from meshd_plugins.builtin.llama.warmth import WarmPrefixes
+from meshd_plugins.builtin.llama.serving.requests import worker_message
+from meshd_plugins.builtin.llama.serving.warmth import WarmPrefixes
 
 
 class Served(Protocol):

@@ -18,8 +18,8 @@ import trio
 from meshd_plugins.api import PluginContext, Value, WorkerSpec
 from meshd_plugins.builtin.llama.arguments import Adapter, Arguments
 from meshd_plugins.builtin.llama.config import ModelConfig, locate_model
-from meshd_plugins.builtin.llama.fit import NUMBER_MAX, Plan, Shape
 from meshd_plugins.builtin.llama.models.digest import ModelFile, ModelRefused, open_verified
+from meshd_plugins.builtin.llama.running.fit import NUMBER_MAX, Plan, Shape
 
 INSPECT_DEADLINE_S: Final = 60.0
 RPC_BUILD_CHARS_MAX: Final = 60

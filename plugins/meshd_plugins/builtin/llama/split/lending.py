@@ -30,11 +30,11 @@ from meshd_plugins.api import (
     Worker,
     WorkerSpec,
 )
-from meshd_plugins.builtin.llama.connections import Control, read, write
-from meshd_plugins.builtin.llama.fit import MIB
-from meshd_plugins.builtin.llama.hardware import Machine
-from meshd_plugins.builtin.llama.launch import RPC_BUILD_CHARS_MAX, SLEEPING_ENVIRONMENT
-from meshd_plugins.builtin.llama.split_config import RpcConfig
+from meshd_plugins.builtin.llama.running.fit import MIB
+from meshd_plugins.builtin.llama.running.hardware import Machine
+from meshd_plugins.builtin.llama.running.launch import RPC_BUILD_CHARS_MAX, SLEEPING_ENVIRONMENT
+from meshd_plugins.builtin.llama.split.config import RpcConfig
+from meshd_plugins.builtin.llama.split.connections import Control, read, write
 from meshd_plugins.builtin.llama.worker.rpc import RpcArguments
 
 NAME: Final = "computation.gpt/memory"

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from meshd_plugins.api import Capabilities, Descriptor, ModelFacts, Operation, Privacy, Rates, Value
-from meshd_plugins.builtin.llama.capability import Served
 from meshd_plugins.builtin.llama.config import ModelConfig
-from meshd_plugins.builtin.llama.embedding import (
+from meshd_plugins.builtin.llama.models.facts import compatibility_key, facts_from_wire
+from meshd_plugins.builtin.llama.running.fit import Plan, explain
+from meshd_plugins.builtin.llama.running.hardware import Chosen
+from meshd_plugins.builtin.llama.serving.capability import Served
+from meshd_plugins.builtin.llama.serving.embedding import (
     EmbeddingHello,
     capability_for,
     describe_embedding,
 )
-from meshd_plugins.builtin.llama.fit import Plan, explain
-from meshd_plugins.builtin.llama.hardware import Chosen
-from meshd_plugins.builtin.llama.models.facts import compatibility_key, facts_from_wire
-from meshd_plugins.builtin.llama.warmth import kv_bytes_per_token
+from meshd_plugins.builtin.llama.serving.warmth import kv_bytes_per_token
 
 RATE_MAX: Final = 1e7
 _RATES: Final = ("prefill_tokens_per_s", "decode_tokens_per_s", "load_s")

@@ -1,0 +1,1 @@
+"""What the mesh sees of a model: its record, its requests, what it keeps of them."""
