@@ -19,21 +19,10 @@ from meshd.core.frame_codec import decode as decode_frame
 from meshd.core.frame_codec import encode as encode_frame
 from meshd.core.frames import LENGTH_BYTES, Frame, Hello
 from meshd.core.membership import MemberState, Update
+from meshd.core.messages import Ack, Claim, Heartbeat, Message, Ping, Pull, Record, View
 from meshd.core.newcomers import nothing_of
 from meshd.core.sealing import Opened, Opener, Sealer
-from meshd.core.wire import (
-    Ack,
-    Claim,
-    Heartbeat,
-    Message,
-    Ping,
-    Pull,
-    Record,
-    View,
-    decode,
-    encode,
-    payload_of,
-)
+from meshd.core.wire import decode, encode, payload_of
 from meshd.trust.identity import Identity, load_identity
 from meshd_cms.errors import CodecError
 from meshd_cms.store import Store

@@ -11,7 +11,7 @@ from tests.e2e.support_liar import Liar, addresses
 from tests.support_daemons import Daemon, Mesh
 
 from meshd.core.membership import MemberState
-from meshd.core.wire import Heartbeat, Join, Message, Ping, Record, View
+from meshd.core.messages import Heartbeat, Join, Message, Ping, Record, View
 from meshd_cms.entries import sign_entry, sign_head
 from meshd_cms.types import NodeId, Version
 

@@ -37,9 +37,10 @@ from meshd.core.frames import (
     ProtocolError,
     Refuse,
 )
+from meshd.core.messages import Record
 from meshd.core.mux import CallState, Event, Mux, MuxConfig, Phase
 from meshd.core.sealing import DropReason, Opened, Opener, Sealer
-from meshd.core.wire import Record, decode
+from meshd.core.wire import decode
 from meshd_cms.codec import pack_delta, unpack_delta
 from meshd_cms.entries import sign_head
 from meshd_cms.errors import CodecError

@@ -15,7 +15,7 @@ from tests.unit.support_decrees import generation, revocation
 from meshd.core.decrees import DECREE_ID_BYTES
 from meshd.core.effects import Address
 from meshd.core.membership import STATES, Update
-from meshd.core.wire import (
+from meshd.core.messages import (
     TARGET_BYTES,
     Ack,
     Claim,
@@ -38,9 +38,8 @@ from meshd.core.wire import (
     Summary,
     View,
     ViewLine,
-    encode,
-    payload_of,
 )
+from meshd.core.wire import encode, payload_of
 from meshd_cms.entries import UNSIGNED, pack_value, sign_entry, sign_head
 from meshd_cms.soft import SoftTold
 from meshd_cms.types import (

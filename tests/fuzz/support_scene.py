@@ -23,19 +23,9 @@ from meshd.core.config import GossipConfig, lan
 from meshd.core.decrees import Decrees
 from meshd.core.effects import Address, Effect, Knock, Lane, Send, StreamPing
 from meshd.core.membership import LocalNode, MemberState, Update
+from meshd.core.messages import Ack, Claim, Heartbeat, Message, Ping, PingRequest, Record
 from meshd.core.node import NodeCore
-from meshd.core.wire import (
-    Ack,
-    Claim,
-    Heartbeat,
-    Message,
-    Ping,
-    PingRequest,
-    Record,
-    decode,
-    encode,
-    payload_of,
-)
+from meshd.core.wire import decode, encode, payload_of
 from meshd_cms.errors import CodecError
 from meshd_cms.store import Store
 from meshd_cms.types import Delta, Epoch, NodeId, StoreConfig, Value, Version

@@ -37,18 +37,8 @@ from tests.fuzz.support_sizes import sizes
 
 from meshd.core.config import GossipConfig
 from meshd.core.effects import Address, Effect, Knock, Lane, Send, StreamPing, Watch
-from meshd.core.wire import (
-    Ack,
-    Claim,
-    Heartbeat,
-    Join,
-    JoinAnswer,
-    Message,
-    Ping,
-    decode,
-    encode,
-    payload_of,
-)
+from meshd.core.messages import Ack, Claim, Heartbeat, Join, JoinAnswer, Message, Ping
+from meshd.core.wire import decode, encode, payload_of
 from meshd_cms.errors import CodecError
 from meshd_cms.types import NodeId, StoreConfig, Version
 

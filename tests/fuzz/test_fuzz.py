@@ -16,7 +16,7 @@ from tests.fuzz.support_grammar import Grammar
 from tests.fuzz.support_scene import Scene, alive, read, traffic
 from tests.fuzz.support_targets import CoreTarget, FromMembers
 
-from meshd.core.wire import DecreesHeld, Interest, JoinLater, Message, Proclaim
+from meshd.core.messages import DecreesHeld, Interest, JoinLater, Message, Proclaim
 from meshd_cms.types import NodeId
 
 COUNTS = {

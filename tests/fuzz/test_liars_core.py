@@ -15,17 +15,8 @@ from tests.unit.support_cms import HashSigner
 from meshd.core.config import GossipConfig, lan
 from meshd.core.events import MemberFailed, MemberLeft, RecordChanged
 from meshd.core.membership import MemberState, Update
-from meshd.core.wire import (
-    Claim,
-    Heartbeat,
-    Join,
-    Message,
-    Ping,
-    Record,
-    View,
-    encode,
-    payload_of,
-)
+from meshd.core.messages import Claim, Heartbeat, Join, Message, Ping, Record, View
+from meshd.core.wire import encode, payload_of
 from meshd_cms.entries import UNSIGNED, leaf_of, live_digest, sign_entry, sign_head
 from meshd_cms.types import Delta, Entry, Epoch, Head, NodeId, Version, node_id_of
 

@@ -10,8 +10,9 @@ from typing import Final
 from tests.e2e.support_liar import Liar
 
 from meshd.core.membership import Update
+from meshd.core.messages import Proclaim
 from meshd.core.sealing import Sealer
-from meshd.core.wire import Proclaim, encode, payload_of
+from meshd.core.wire import encode, payload_of
 from meshd_cms.entries import sign_entry, sign_head
 from meshd_cms.store import Store
 from meshd_cms.types import Delta, DigestLine, Epoch, MeshId, NodeId, StoreConfig, Version

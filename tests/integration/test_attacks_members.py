@@ -51,7 +51,8 @@ from meshd.core.frames import (
     Hello,
     Refuse,
 )
-from meshd.core.wire import Claim, Record, encode, payload_of
+from meshd.core.messages import Claim, Record
+from meshd.core.wire import encode, payload_of
 from meshd.shell.gate import TRUST_ID
 from meshd.trust.identity import Identity, Role, admit, load_identity
 from meshd_cms.types import Delta, MeshId, Value, Version

@@ -45,8 +45,9 @@ from tests.support_daemons import Daemon, Mesh, UnixConnection
 from meshd.core.effects import Address
 from meshd.core.frame_codec import encode as encode_frame
 from meshd.core.frames import Hello
+from meshd.core.messages import Join
 from meshd.core.sealing import FORMAT_ONE, Sealer
-from meshd.core.wire import Join, encode, payload_of
+from meshd.core.wire import encode, payload_of
 from meshd.trust.identity import Identity, load_identity
 from meshd_cms.types import Epoch
 

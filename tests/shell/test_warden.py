@@ -174,6 +174,23 @@ async def test_who_is_appointed_lets_nodes_in_and_renews_and_what_it_revoked_out
 
 
 @trio_test
+async def test_whom_a_revoked_issuer_had_shut_out_does_not_keep_the_key(tmp_path: Path) -> None:
+    """Its revocations may be heard of before the key that it decreed with them, which is then void."""
+    founder = init_mesh(tmp_path / "a", "home")
+    issuer = admit(founder, tmp_path / "i", role=Role.ISSUER)
+    member = admit(founder, tmp_path / "c")
+    async with node(tmp_path / "a", Book()) as alice:
+        raw = sign_decree(issuer, DecreeKind.REVOCATION, made_at_s=time.time(), node=member.node_id)
+        alice.driver.post(lambda core, now_s: core.decree(raw, now_s))
+        await settled(lambda: alice.state.decrees.is_revoked(member.node_id))
+        assert await alice.warden.revoke(issuer.node_id, "stolen", rotate=False) == 1
+        assert set(alice.state.decrees.revoked()) == {issuer.node_id, member.node_id}
+        generation = alice.state.decrees.generation
+        assert generation is not None
+        assert generation.authority == alice.node
+
+
+@trio_test
 async def test_nobody_is_appointed_by_what_is_no_appointment_of_it(tmp_path: Path) -> None:
     founder = init_mesh(tmp_path / "a", "home")
     for name in ("b", "c"):

@@ -16,7 +16,8 @@ from meshd.core.config import GossipConfig, lan
 from meshd.core.effects import Lane, Send
 from meshd.core.events import MemberFailed, RecordChanged
 from meshd.core.membership import MemberState
-from meshd.core.wire import Record, decode
+from meshd.core.messages import Record
+from meshd.core.wire import decode
 from meshd_cms.types import NodeId
 
 Samples: TypeAlias = dict[str, list[float]]

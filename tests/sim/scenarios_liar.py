@@ -9,7 +9,8 @@ from tests.sim.plays import no_deaths, scenario, started
 from tests.sim.world import World
 
 from meshd.core.membership import MemberState, Update
-from meshd.core.wire import Claim, Heartbeat, Join, Message, Ping, encode, payload_of
+from meshd.core.messages import Claim, Heartbeat, Join, Message, Ping
+from meshd.core.wire import encode, payload_of
 from meshd_cms.types import Epoch, NodeId, Version
 
 _LIES_S = 30.0

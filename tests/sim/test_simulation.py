@@ -24,8 +24,9 @@ from tests.unit.support_cms import hash_verify
 from meshd.core.config import lan
 from meshd.core.effects import Address, Effect, Lane
 from meshd.core.membership import MemberState
+from meshd.core.messages import Claim, Record
 from meshd.core.node import NodeCore
-from meshd.core.wire import Claim, Record, decode, encode, payload_of
+from meshd.core.wire import decode, encode, payload_of
 from meshd_cms.store import Store
 from meshd_cms.types import RUMOUR_BYTES_MAX, Epoch, NodeId, StoreConfig, Version
 

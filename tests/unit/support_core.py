@@ -13,8 +13,9 @@ from meshd.core.config import GossipConfig, lan
 from meshd.core.effects import Address, Effect, Lane, Notify, Send
 from meshd.core.events import Event
 from meshd.core.membership import LocalNode, MemberState, Update
+from meshd.core.messages import Claim, Message
 from meshd.core.node import NodeCore
-from meshd.core.wire import Claim, Message, decode, encode, payload_of
+from meshd.core.wire import decode, encode, payload_of
 from meshd_cms.store import Store
 from meshd_cms.types import Epoch, NodeId
 

@@ -12,20 +12,9 @@ from tests.unit.support_core import claim, messages_in, node_id
 from meshd.core.config import SEALING_BYTES, lan
 from meshd.core.effects import Address, Effect, Lane, Send
 from meshd.core.membership import LocalNode, MemberState, Update
+from meshd.core.messages import Claim, Digest, Heartbeat, Message, Ping, Pull, Record, Summary, View
 from meshd.core.node import NodeCore
-from meshd.core.wire import (
-    Claim,
-    Digest,
-    Heartbeat,
-    Message,
-    Ping,
-    Pull,
-    Record,
-    Summary,
-    View,
-    encode,
-    payload_of,
-)
+from meshd.core.wire import encode, payload_of
 from meshd_cms.store import Store
 from meshd_cms.types import Version
 

@@ -24,8 +24,8 @@ from meshd.core.decrees import DECREES_MAX, Decree, DecreeKind, Decrees
 from meshd.core.effects import Lane, Unwatch
 from meshd.core.events import Decreed, DecreesPassedOver, MemberJoined, MemberRevoked, RecordChanged
 from meshd.core.membership import LocalNode, MemberState
+from meshd.core.messages import Claim, DecreesHeld, Proclaim, Record, Summary
 from meshd.core.node import NodeCore
-from meshd.core.wire import Claim, DecreesHeld, Proclaim, Record, Summary
 from meshd_cms.types import NodeId, node_id_of
 
 FOUNDER, ISSUER, OTHER, DEEPER = (signer(number) for number in (70, 71, 72, 73))

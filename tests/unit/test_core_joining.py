@@ -12,7 +12,7 @@ from meshd.core.answers import ANSWERS_BURST
 from meshd.core.buckets import FIRST_ID, LAST_ID
 from meshd.core.config import lan
 from meshd.core.events import MeshJoined
-from meshd.core.wire import Claim, Join, JoinAnswer, JoinLater, Summary, View
+from meshd.core.messages import Claim, Join, JoinAnswer, JoinLater, Summary, View
 
 WHOLE = View(FIRST_ID, LAST_ID, (), answer=True)
 

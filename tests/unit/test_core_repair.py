@@ -28,17 +28,8 @@ from meshd.core.buckets import (
 )
 from meshd.core.config import lan
 from meshd.core.effects import Lane, Send
-from meshd.core.wire import (
-    Ack,
-    Claim,
-    Heartbeat,
-    Ping,
-    Record,
-    Summary,
-    View,
-    encode,
-    payload_of,
-)
+from meshd.core.messages import Ack, Claim, Heartbeat, Ping, Record, Summary, View
+from meshd.core.wire import encode, payload_of
 from meshd_cms.store import Store
 from meshd_cms.types import NodeId, Version
 

@@ -9,8 +9,8 @@ from tests.unit.support_core import Bench, address, bench, claim, messages_in, n
 from meshd.core.config import lan
 from meshd.core.effects import Effect, Send
 from meshd.core.events import SoftChanged
+from meshd.core.messages import Ack, Claim, Heartbeat, Interest, Message, Ping, Soft, SoftStill
 from meshd.core.soft_lane import INTEREST_S, INTERESTED_MAX
-from meshd.core.wire import Ack, Claim, Heartbeat, Interest, Message, Ping, Soft, SoftStill
 from meshd_cms.soft import SoftTold
 from meshd_cms.types import Version
 

@@ -12,8 +12,9 @@ from tests.unit.support_core import ME_ADDRESS, Bench, address, node_id
 from meshd.core.config import lan
 from meshd.core.effects import Lane
 from meshd.core.membership import LocalNode
+from meshd.core.messages import Record
 from meshd.core.node import NodeCore
-from meshd.core.wire import Record, encode, payload_of
+from meshd.core.wire import encode, payload_of
 from meshd_cms.types import Delta, NodeId, Version
 
 ENTRIES = 7

@@ -12,7 +12,7 @@ from tests.unit.support_cms import store
 from tests.unit.support_core import address, claim, node_id
 
 from meshd.core.membership import MemberState
-from meshd.core.wire import (
+from meshd.core.messages import (
     TARGET_BYTES,
     Ack,
     Claim,
@@ -35,12 +35,8 @@ from meshd.core.wire import (
     Summary,
     View,
     ViewLine,
-    decode,
-    encode,
-    payload_bytes,
-    payload_of,
-    payloads_of,
 )
+from meshd.core.wire import decode, encode, payload_bytes, payload_of, payloads_of
 from meshd_cms.errors import CodecError
 from meshd_cms.soft import SoftTold
 from meshd_cms.types import DigestLine, Epoch, NodeId, Version

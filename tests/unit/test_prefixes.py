@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.support_media import image_part, jpeg, text_part
 
 from meshd.core.prefixes import (
     SECRET_BYTES,
@@ -157,3 +158,17 @@ def test_what_is_told_to_be_warm_is_read(some: list[tuple[bytes, int]]) -> None:
 def test_whatever_another_node_tells_is_read_or_passed_over(told: Value) -> None:
     warm = unpack_warm(told)
     assert warm is None or warm.count <= WARM_MAX
+
+
+def test_a_message_with_an_image_is_told_apart_by_the_image() -> None:
+    def of(image: bytes, text: str = "What is it?") -> tuple[bytes, ...]:
+        parts: list[Value] = [text_part(text), image_part(image)]
+        body: dict[str, Value] = {
+            "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]
+        }
+        return TAGGER.conversation(ANNA, Operation.CHAT, body).tags(MODEL)
+
+    photo = jpeg(4_000_000)
+    assert of(photo) == of(bytes(photo))
+    assert not set(of(photo)) & set(of(photo[:-1] + b"\1"))
+    assert not set(of(photo)) & set(of(photo, "Who is it?"))

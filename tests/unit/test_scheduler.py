@@ -281,6 +281,27 @@ def test_what_is_warm_is_not_computed_again() -> None:
     assert "; warm: 950 tokens" in choice.reason
 
 
+def test_a_model_that_nobody_has_measured_is_not_taken_for_a_calculator() -> None:
+    offer_of = replace(candidate(1).offer, rates=None, fields={"family": "Somebody's"})
+    model = candidate(1)._replace(offer=offer_of)
+    calculator = model._replace(offer=replace(offer_of, fields={}))
+    demand, config = Demand(100, 200), SchedulerConfig()
+    [choice] = ordered(model, demand=demand)
+    generating_s = 200 / config.default_decode_tokens_per_s
+    assert choice.first_s == pytest.approx(0.005 + 100 / config.default_prefill_tokens_per_s)
+    assert choice.total_s == pytest.approx(choice.first_s + generating_s)
+    [choice] = ordered(calculator, demand=demand)
+    assert choice.total_s == pytest.approx(0.005 + config.default_service_s)
+
+
+def test_those_ahead_are_not_quicker_because_this_one_is_warm() -> None:
+    full = candidate(1, slots=1)
+    busy = {1: Load(1, queue_max=8)}
+    [cold_choice] = warm_order(full, warm={}, loads=busy, prompt_tokens=1000)
+    [warm_choice] = warm_order(full, warm={1: 950}, loads=busy, prompt_tokens=1000)
+    assert cold_choice.first_s - warm_choice.first_s == pytest.approx(950 / 200), "its own prefill"
+
+
 def test_more_that_is_warm_than_the_prompt_has_costs_nothing_less_than_nothing() -> None:
     [choice] = warm_order(candidate(1), warm={1: 5000}, loads={1: Load(0)}, prompt_tokens=1000)
     assert choice.first_s == pytest.approx(0.005)

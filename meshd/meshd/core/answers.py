@@ -17,7 +17,8 @@ from meshd.core.allowance import Allowance, Allowances
 from meshd.core.context import Context, Peer
 from meshd.core.effects import Lane, Send
 from meshd.core.membership import Update
-from meshd.core.wire import Claim, Message, encode, payload_of, payloads_of
+from meshd.core.messages import Claim, Message
+from meshd.core.wire import encode, payload_of, payloads_of
 from meshd_cms.types import NodeId
 
 ANSWERS_PER_S: Final = 256.0

@@ -19,23 +19,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final, assert_never
 
+from meshd.core.contests import Contests
 from meshd.core.context import Context, Peer
 from meshd.core.dissemination import Rumours
 from meshd.core.effects import Unwatch
 from meshd.core.events import (
-    AddressContested,
     MemberAlive,
     MemberFailed,
-    MemberForgotten,
     MemberJoined,
     MemberLeft,
     MemberRevoked,
     MemberSuspected,
     MemberUpdated,
-    NameContested,
-    RecordChanged,
     SelfEpochRaised,
 )
+from meshd.core.forgetting import Forgetting
 from meshd.core.membership import (
     Member,
     MemberState,
@@ -43,12 +41,12 @@ from meshd.core.membership import (
     Update,
     Verdict,
 )
+from meshd.core.messages import Claim, Message, Record, View
 from meshd.core.offences import Offence
 from meshd.core.probes import Prober
 from meshd.core.soft_lane import SoftLane
 from meshd.core.suspicion import Size, Suspicions
 from meshd.core.tellers import EPOCH_TOLD_MAX, INCARNATION_TOLD_MAX, Tellers
-from meshd.core.wire import Claim, Message, Record, View
 from meshd.core.witnesses import WITNESSES_NEEDED
 from meshd_cms.types import RUMOUR_BYTES_MAX, Epoch, NodeId, Version
 
@@ -68,18 +66,25 @@ def _nothing(_: Member) -> None:
 class Claims:
     """Applies claims and carries out their consequences."""
 
-    def __init__(self, context: Context, rumours: Rumours, prober: Prober, soft: SoftLane) -> None:
+    def __init__(
+        self,
+        context: Context,
+        rumours: Rumours,
+        prober: Prober,
+        soft: SoftLane,
+        forgetting: Forgetting,
+    ) -> None:
         self._context = context
         self._rumours = rumours
         self._prober = prober
         self._soft = soft
+        self._forgetting = forgetting
         self._suspicions = Suspicions(context.config, context.timers, self._expired)
         self._tellers = Tellers(context)
         self._refuted_s = float("-inf")  # when we last refuted
         self._raised_s = float("-inf")  # when we last took a higher epoch
         self._told_s: dict[NodeId, float] = {}  # when a node was told what is believed of it
-        self._contested_s: dict[NodeId, float] = {}  # when a loser of an address was last accused
-        self._orphans: dict[NodeId, float] = {}  # owner -> since when it is not listed
+        self._contests = Contests(context, self.accuse)
         self.newcomer: Callable[[Member], None] = _nothing  # a life that was not known of
         self.came_back: Callable[[Member], None] = _nothing  # a dead member is alive again
         self.alone: Callable[[], None] = lambda: None  # the last live member went
@@ -242,30 +247,17 @@ class Claims:
         member = context.members.get(node)
         if member is None:
             if context.store.line(node) is not None and node != context.me.node:
-                self._drop_record(node)
+                self._forgetting.drop_record(node)
             return
         self._suspicions.stop(node)
         context.emit(Unwatch(node))
         update = context.members.bury(node, context.now_s)
-        self._drop_record(node)
+        self._forgetting.drop_record(node)
         context.touch()
         context.notify(MemberRevoked(update.node, update.name, update.address))
         self.changed()
         if not context.members.live():
             self.alone()
-
-    def sweep(self) -> None:
-        """Forget members that are gone for long, and records of nobody."""
-        context, config = self._context, self._context.config
-        for member in context.members:
-            if member.is_live:
-                continue
-            left = member.state is MemberState.LEFT
-            keep_s = config.left_keep_s if left else config.dead_keep_s
-            if context.now_s - member.since_s >= keep_s:
-                self._forget(member)
-        context.members.expire_graveyard(context.now_s)
-        self._forget_orphans()
 
     # -- inside -----------------------------------------------------------------------------------------
 
@@ -363,7 +355,7 @@ class Claims:
                 if spread:
                     self._rumours.start(Claim(update, merged=False), sender)
                 self._accepted(transition, silent_s)
-                self._contest(transition, contested)
+                self._contests.over_address(transition, contested)
             case Verdict.CONFIRMED:
                 assert held is not None
                 size = self._size(held.node)
@@ -378,7 +370,7 @@ class Claims:
                 if claim is not None and sender is not None:
                     self._rumours.heard(claim, sender)
             case Verdict.FULL:
-                self._make_room()
+                self._forgetting.make_room()
             case Verdict.GHOST | Verdict.UNKNOWN:
                 pass
             case _:
@@ -413,7 +405,7 @@ class Claims:
             self._prober.enlist(member.node)
             context.notify(MemberJoined(update.node, update.name, update.address))
             self._soft.welcome(Peer(member.node, member.address))
-            self._contest_name(member)
+            self._contests.over_name(member)
         match update.state:
             case MemberState.ALIVE:
                 self._alive(before, member)
@@ -466,67 +458,3 @@ class Claims:
         update = replace(suspicion, state=MemberState.DEAD, accuser=context.me.node)
         self._tellers.note_ours(update)
         self._apply(update, None, None)
-
-    def _contest(self, transition: Transition, other: Member | None) -> None:
-        """Two live members with one address: the later life keeps it, the other has to show itself."""
-        context, member = self._context, transition.member
-        if member is None or other is None or other.node == member.node:
-            return
-        if not member.is_live or not other.is_live or member.address != other.address:
-            return
-        holder = context.members.at_address(member.address)
-        assert holder is not None
-        loser = other if holder.node == member.node else member
-        accused_s = self._contested_s.get(loser.node)
-        if accused_s is not None and context.now_s - accused_s < context.config.contest_gap_s:
-            return  # it has shown itself since: two that are both there, for a person to tell apart
-        self._contested_s.pop(loser.node, None)
-        self._contested_s[loser.node] = context.now_s
-        if len(self._contested_s) > context.config.members_max:
-            del self._contested_s[next(iter(self._contested_s))]
-        context.count("addresses_contested")
-        context.notify(AddressContested(member.address, holder.node, loser.node))
-        if loser.state is MemberState.ALIVE:
-            self.accuse(loser)
-
-    def _forget(self, member: Member) -> None:
-        update = self._context.members.bury(member.node, self._context.now_s)
-        self._drop_record(update.node)
-        self._context.notify(MemberForgotten(update.node, update.name, update.address))
-
-    def _make_room(self) -> None:
-        """The table is full: who has been gone longest makes room for who comes next."""
-        gone = [member for member in self._context.members if not member.is_live]
-        if gone:
-            self._forget(min(gone, key=lambda member: member.since_s))
-
-    def _forget_orphans(self) -> None:
-        """Drop records whose owners were not listed for long: from a snapshot, or ahead of their claims."""
-        context = self._context
-        orphans = {
-            owner: self._orphans.get(owner, context.now_s)
-            for owner in context.store.owners()
-            if owner != context.me.node and owner not in context.members
-        }
-        for owner, since_s in orphans.items():
-            if context.now_s - since_s >= context.config.left_keep_s:
-                self._drop_record(owner)
-        self._orphans = orphans
-
-    def _contest_name(self, member: Member) -> None:
-        update = member.update
-        same = [one.node for one in self._context.members.live() if one.update.name == update.name]
-        if update.name == self._context.me.name:
-            same.append(self._context.me.node)
-        for other in same:
-            if other != member.node:
-                self._context.notify(NameContested(update.name, member.node, other))
-
-    def _drop_record(self, owner: NodeId) -> None:
-        store = self._context.store
-        keys = tuple(key for key, _ in store.items(owner))
-        if store.line(owner) is not None:
-            store.forget(owner)
-            self._context.notify(RecordChanged(owner, keys, reset=True))
-        self._soft.forget(owner)
-        self._context.touch()

@@ -16,10 +16,11 @@ from meshd.core.decrees import Decrees
 from meshd.core.effects import Address, Effect, Notify, Send
 from meshd.core.events import Event
 from meshd.core.membership import LocalNode, Members, MemberState, StateHash, Update
+from meshd.core.messages import Heartbeat, Message
 from meshd.core.offences import Offence, Offences
 from meshd.core.suspicion import LocalHealth
 from meshd.core.timers import Timers
-from meshd.core.wire import Heartbeat, Message, encode, payloads_of
+from meshd.core.wire import encode, payloads_of
 from meshd_cms.store import Store
 from meshd_cms.types import NodeId, Version
 

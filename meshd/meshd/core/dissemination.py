@@ -25,16 +25,9 @@ from typing import Final, TypeAlias
 
 from meshd.core.context import Context, Peer
 from meshd.core.decrees import decree_id
+from meshd.core.messages import Claim, Message, Proclaim, Record
 from meshd.core.timers import Timer
-from meshd.core.wire import (
-    Claim,
-    Message,
-    Proclaim,
-    Record,
-    encode,
-    payload_bytes,
-    payload_of,
-)
+from meshd.core.wire import encode, payload_bytes, payload_of
 from meshd_cms.types import NODE_ID_BYTES, NodeId
 
 Subject: TypeAlias = tuple[str, NodeId, int]

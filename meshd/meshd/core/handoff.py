@@ -60,6 +60,10 @@ class HandoffConfig:
     remembered_s: float = 600.0  # Up: a link that got better is tried later
     size_slack: float = 1.25  # times the expected bytes that are taken. Up: more memory at risk
     bytes_max: int = 1 << 30  # of one state
+    taken_s_max: float = 10.0  # that a piece which is handed out waits for who asked for it
+    given_s_max: float = (
+        60.0  # of handing one out. Up: for slower links; its memory is held so long
+    )
 
 
 @dataclass(frozen=True, slots=True)

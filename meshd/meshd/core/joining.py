@@ -27,10 +27,10 @@ from meshd.core.allowance import Allowance, Allowances
 from meshd.core.context import Context, Peer
 from meshd.core.effects import Address
 from meshd.core.events import MeshJoined, SeedUnreachable
+from meshd.core.messages import Claim, Join, JoinAnswer, JoinLater, Message
 from meshd.core.offences import Offence
 from meshd.core.repair import Repair
 from meshd.core.timers import Timer
-from meshd.core.wire import Claim, Join, JoinAnswer, JoinLater, Message
 from meshd_cms.types import NodeId
 
 _WELCOME_MEMBERS: Final = 4  # told of in a welcome

@@ -132,6 +132,7 @@ class _Call:
     sendable: int  # bytes of credit that we have
     receivable: int  # bytes of credit that the peer has
     consumed: int = 0  # bytes read here since the last CREDIT
+    size: int = 0  # bytes of its CALL, where the peer called
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +250,11 @@ class Mux:
         entry = self._calls.get(call)
         return entry.state if entry is not None else CallState.ENDED
 
+    def size(self, call: int) -> int:
+        """Bytes of the CALL of a call that the peer made; 0 for one that is not in the table."""
+        entry = self._calls.get(call)
+        return entry.size if entry is not None else 0
+
     # Bytes in
 
     def receive(self, data: bytes) -> None:
@@ -313,7 +319,7 @@ class Mux:
     def _accept(self, frame: Frame, size: int) -> Event | None:
         match frame:
             case Call():
-                return self._call_received(frame)
+                return self._call_received(frame, size)
             case Chunk(call, value):
                 return self._chunk_received(call, value, size)
             case End(call):
@@ -343,7 +349,7 @@ class Mux:
             case Hello():
                 raise ProtocolError(Fault.UNEXPECTED_FRAME, "a second HELLO")
 
-    def _call_received(self, frame: Call) -> Event:
+    def _call_received(self, frame: Call, size: int) -> Event:
         call = frame.call
         if call % 2 != self._peers_parity or call <= self._peers_last_call:
             raise ProtocolError(Fault.BAD_CALL_ID, f"CALL {call} after {self._peers_last_call}")
@@ -352,7 +358,7 @@ class Mux:
         if self._serving >= 2 * self._config.calls_max:  # it does not even wait for its refusals
             raise ProtocolError(Fault.UNEXPECTED_FRAME, f"{self._serving} calls at once")
         self._peers_last_call = call
-        self._calls[call] = _Call(CallState.SERVING, self._send_window_bytes, 0)
+        self._calls[call] = _Call(CallState.SERVING, self._send_window_bytes, 0, size=size)
         self._serving += 1
         return frame if self._serving <= self._config.calls_max else CallExcess(call)
 

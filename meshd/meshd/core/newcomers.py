@@ -16,9 +16,9 @@ from typing import Final
 
 from meshd.core.context import Context, Peer
 from meshd.core.membership import Member
+from meshd.core.messages import Pull
 from meshd.core.tables import lines_per_table
 from meshd.core.timers import Timer
-from meshd.core.wire import Pull
 from meshd_cms.types import DigestLine, Epoch, NodeId, Version
 
 _DELAYS_MOST: Final = 16  # times pull_delay_s: how long newcomers after newcomers put the pulls off

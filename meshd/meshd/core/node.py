@@ -29,14 +29,10 @@ from meshd.core.context import Context, Peer
 from meshd.core.decrees import Decrees
 from meshd.core.dissemination import Rumours
 from meshd.core.effects import Address, Effect, Lane
+from meshd.core.forgetting import Forgetting
 from meshd.core.joining import Joining
 from meshd.core.membership import LocalNode, Member, MemberState, MemberView, Update
-from meshd.core.offences import Offence
-from meshd.core.probes import Prober
-from meshd.core.proclaiming import Proclaiming
-from meshd.core.repair import Repair
-from meshd.core.soft_lane import SoftLane
-from meshd.core.wire import (
+from meshd.core.messages import (
     Ack,
     Claim,
     DecreesHeld,
@@ -56,8 +52,13 @@ from meshd.core.wire import (
     SoftStill,
     Summary,
     View,
-    decode,
 )
+from meshd.core.offences import Offence
+from meshd.core.probes import Prober
+from meshd.core.proclaiming import Proclaiming
+from meshd.core.repair import Repair
+from meshd.core.soft_lane import SoftLane
+from meshd.core.wire import decode
 from meshd.core.witnesses import Witnesses
 from meshd_cms.errors import CodecError
 from meshd_cms.soft import SoftItem, SoftState
@@ -102,7 +103,8 @@ class NodeCore:
             lambda: self._claims.isolated(),
             self._soft.riding,
         )
-        self._claims = Claims(context, self._rumours, self._prober, self._soft)
+        self._forgetting = Forgetting(context, self._soft)
+        self._claims = Claims(context, self._rumours, self._prober, self._soft, self._forgetting)
         self._witnesses = Witnesses(context, self._gone, self._prober.probe)
         answers = Answers(context)
         self._repair = Repair(context, self._rumours, answers, self._claims.learn_own_epoch)
@@ -491,7 +493,7 @@ class NodeCore:
             context.send(peer, [Claim(context.own_update(), merged=False)])
 
     def _sweep(self) -> None:
-        self._claims.sweep()
+        self._forgetting.sweep()
         context = self._context
         if not context.leaving:
             self._spread(context.store.collect_tombstones(self.config.tombstones_kept))

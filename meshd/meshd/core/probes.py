@@ -23,8 +23,8 @@ from meshd.core.context import Context, Peer
 from meshd.core.dissemination import Rumours
 from meshd.core.effects import StreamPing
 from meshd.core.membership import Member, MemberState, Update
+from meshd.core.messages import Ack, Claim, Message, Nack, Ping, PingRequest
 from meshd.core.timers import Timer
-from meshd.core.wire import Ack, Claim, Message, Nack, Ping, PingRequest
 from meshd_cms.types import NodeId
 
 _NACK_SHARE = 0.8  # of the probe timeout: a nack has to be back before the prober's deadline

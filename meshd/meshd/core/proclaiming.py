@@ -25,8 +25,8 @@ from meshd.core.decrees import DECREE_ID_BYTES, DECREES_MAX
 from meshd.core.dissemination import Rumours
 from meshd.core.effects import Lane
 from meshd.core.events import Decreed, DecreesPassedOver
+from meshd.core.messages import DecreesHeld, Message, Proclaim
 from meshd.core.offences import Offence
-from meshd.core.wire import DecreesHeld, Message, Proclaim
 from meshd_cms.types import NodeId
 
 _FIRST: Final = bytes(DECREE_ID_BYTES)

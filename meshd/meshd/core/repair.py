@@ -41,22 +41,13 @@ from meshd.core.dissemination import Rumours
 from meshd.core.effects import Lane
 from meshd.core.events import RecordChanged
 from meshd.core.membership import Member, Update
+from meshd.core.messages import Digest, Heartbeat, Message, Pull, Record, Summary, View, ViewLine
 from meshd.core.newcomers import Newcomers, nothing_of, send_pulls
 from meshd.core.offences import Offence
 from meshd.core.tables import Tables, differing
 from meshd.core.timers import Timer
 from meshd.core.verifying import Verifying
-from meshd.core.wire import (
-    Digest,
-    Heartbeat,
-    Message,
-    Pull,
-    Record,
-    Summary,
-    View,
-    ViewLine,
-    encode,
-)
+from meshd.core.wire import encode
 from meshd_cms.types import (
     RUMOUR_BYTES_MAX,
     Applied,

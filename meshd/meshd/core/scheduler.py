@@ -252,18 +252,23 @@ class ExpectedTimePolicy:
         taken = view.in_flight + (1.0 - trust) * usual * max(0, offer.slots - view.in_flight)
         if load is not None:
             taken = max(view.in_flight, trust * view.occupied + (1.0 - trust) * taken)
-        if (rates := offer.rates) is None:
-            prefill_s, decode_s = 0.0, config.default_service_s
+        rates = offer.rates
+        if rates is None and offer.value("family") is not None:
+            rates = Rates()  # a model whose pace nobody has measured yet
+        if rates is None:
+            prefill_s = computed_s = 0.0
+            decode_s = config.default_service_s
         else:
             prefill = rates.prefill_tokens_per_s or config.default_prefill_tokens_per_s
             cold_tokens = max(0, demand.prompt_tokens - view.warm_tokens)
-            prefill_s = cold_tokens / max(RATE_FLOOR_TOKENS_PER_S, prefill)
+            token_s = 1.0 / max(RATE_FLOOR_TOKENS_PER_S, prefill)
             if not demand.answer_tokens:  # texts of all requests there share the batches
-                prefill_s *= 1.0 + taken
+                token_s *= 1.0 + taken
+            prefill_s, computed_s = cold_tokens * token_s, demand.prompt_tokens * token_s
             decode_s = demand.answer_tokens / self._decode(rates, min(taken + 1.0, offer.slots))
-        service_s = prefill_s + decode_s
         ahead = max(0.0, taken + 1.0 - offer.slots)  # that must end before this one starts
-        wait_s = ahead * service_s / offer.slots
+        # What is warm for this one is not for those: they are believed to take as long as it would take cold.
+        wait_s = ahead * (computed_s + decode_s) / offer.slots
         if load is not None and load.queued_tokens and rates is not None:
             backlog_s = load.queued_tokens / (self._decode(rates, 1.0) * offer.slots)
             wait_s = max(wait_s, trust * backlog_s)

@@ -28,8 +28,8 @@ from typing import Final, assert_never
 from meshd.core.context import Context, Peer
 from meshd.core.events import SoftChanged
 from meshd.core.membership import Member
+from meshd.core.messages import Interest, Message, Soft, SoftStill
 from meshd.core.timers import Timer
-from meshd.core.wire import Interest, Message, Soft, SoftStill
 from meshd_cms.soft import SoftConfig, SoftItem, SoftState
 from meshd_cms.types import Epoch, NodeId, Value
 

@@ -12,7 +12,7 @@ from typing import Final
 from meshd.core.buckets import FIRST_ID, LAST_ID, IdRange, Particulars, Tokens, ranges_of
 from meshd.core.context import Context
 from meshd.core.membership import Update
-from meshd.core.wire import Digest, View, ViewLine
+from meshd.core.messages import Digest, View, ViewLine
 from meshd_cms.types import DigestLine, NodeId
 
 _LINE_BYTES: Final = 46  # of a digest line, the longer of the two kinds, at most

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from meshd.core.decrees import Decrees
 from meshd.core.frames import CLOCK_MAX_S
-from meshd.core.wire import Proclaim, encode, payload_of
+from meshd.core.messages import Proclaim
+from meshd.core.wire import encode, payload_of
 from meshd.trust.certificates import Credential, authorities_of
 from meshd.trust.identity import Identity
 from meshd.trust.mesh_clock import MeshClock

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import trio
 
+from meshd.core.bodies import HELD_BYTES_MAX
 from meshd.core.frames import CallHeader, End, Error, Refuse, UnsendableError
 from meshd.core.mux import CallState, ChunkReceived, MuxConfig
 from meshd.shell.stream_errors import RemoteFailed, RemoteRefused, StreamLost
@@ -17,6 +18,8 @@ from meshd_cms.types import NodeId, Value
 
 if TYPE_CHECKING:
     from meshd.shell.stream_connection import Connection
+
+OUTGOING_BYTES_MAX: Final = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,9 @@ class StreamConfig:
     close_deadline_s: float = 1.0  # for the last bytes and TLS's goodbye
     call_deadline_max_s: float = 3600.0  # a caller's `remaining_s` is cut to this
     outgoing_bytes_high: int = 256 * 1024  # above it, senders wait for the writer
-    outgoing_bytes_max: int = 8 * 1024 * 1024  # above it, the peer does not read: it is cut off
+    outgoing_bytes_max: int = OUTGOING_BYTES_MAX
+    """Above it, the peer does not read: it is cut off. Above `outgoing_bytes_high` and a frame."""
+    bodies_bytes_max: int = HELD_BYTES_MAX  # of requests that are served, of all peers together
 
 
 _Outcome: TypeAlias = End | Refuse | Error | StreamLost

@@ -14,6 +14,7 @@ from typing import Final, assert_never, cast
 
 import trio
 
+from meshd.core.bodies import BodyShare
 from meshd.core.effects import Address
 from meshd.core.frames import (
     Call,
@@ -47,6 +48,8 @@ from meshd_cms.types import Epoch, NodeId, Value, node_id_short
 from meshd_plugins.api import BadRequest, Failed, Operation, Refused
 
 RECEIVE_BYTES: Final = 64 * 1024
+SEND_BYTES: Final = 256 * 1024
+"""Sent in one go: what is encrypted at once, and how often a long frame is seen to move."""
 _PULSE_TOKEN: Final = 0
 _FAREWELL_TOKEN: Final = 2**63 - 1
 DOUBT_DEADLINE_S: Final = 2.0
@@ -88,7 +91,7 @@ class Connection:
         self._wake = trio.Event()
         self._room: trio.Event | None = None
         self._write_scope = trio.CancelScope(shield=True)
-        self._heard_s = trio.current_time()
+        self._heard_s = self._moved_s = trio.current_time()
         self._doubt = trio.CancelScope()
         self._token = 0
         self._pings: dict[int, trio.Event] = {}
@@ -258,7 +261,9 @@ class Connection:
                     self._room.set()
                     self._room = None
                 try:
-                    await self._stream.send_all(data)
+                    for at in range(0, len(data), SEND_BYTES):
+                        await self._stream.send_all(data[at : at + SEND_BYTES])
+                        self._moved_s = trio.current_time()
                 except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                     self._lose(f"sending failed: {error.__cause__ or error}")
                     return
@@ -345,6 +350,10 @@ class Connection:
         if self._owner.is_observer and not is_internal(header.capability_id):
             self._refuse(event.call, "observer", "this node is an observer and serves nothing")
             return
+        share = self._owner.bodies.share()
+        if not share.grow(self.mux.size(event.call)):
+            self._refuse(event.call, "busy", "too many large requests are in flight here")
+            return
         call = IncomingCall(self, event.call, event.header, event.body)
         # A tunnel is there until one end leaves it, or the connection is gone.
         most_s = inf if header.operation == Operation.TUNNEL else self._config.call_deadline_max_s
@@ -352,7 +361,7 @@ class Connection:
         call.scope.deadline = trio.current_time() + remaining_s
         self._served[event.call] = call
         self._owner.statistics.calls_served += 1
-        nursery.start_soon(self._serve, call)
+        nursery.start_soon(self._serve, call, share)
 
     def _ponged(self, token: int) -> None:
         if token == _FAREWELL_TOKEN:
@@ -378,11 +387,14 @@ class Connection:
             self.mux.ping(_PULSE_TOKEN)
             self._wake.set()
             await trio.sleep(DOUBT_DEADLINE_S if is_doubted else config.ping_deadline_s)
+            # The PING may stand behind a long frame on a slow line; while that moves, somebody takes it.
+            if self._moved_s > asked_s and not is_doubted and self.mux.asking:
+                continue
             if self._heard_s < asked_s:
                 self._lose(f"the peer was silent for {trio.current_time() - self._heard_s:.0f} s")
                 return
 
-    async def _serve(self, call: IncomingCall) -> None:
+    async def _serve(self, call: IncomingCall, share: BodyShare) -> None:
         """Run the handler of one call and send its final frame."""
         try:
             with call.scope:
@@ -396,6 +408,7 @@ class Connection:
         finally:
             self._wake.set()
             del self._served[call.id]
+            share.release()
 
     def _answer(self, call: IncomingCall, error: Exception) -> None:
         match error:

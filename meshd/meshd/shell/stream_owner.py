@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from meshd.core.bodies import Bodies
 from meshd.shell.stream_calls import Handler, StreamConfig
 from meshd_cms.types import Epoch, NodeId, Value
 from meshd_plugins.api import Logger
@@ -45,6 +46,7 @@ class Owner(Protocol):
     log: Logger
     handler: Handler
     draining: bool
+    bodies: Bodies
 
     @property
     def is_observer(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Final
 
 import trio
 
+from meshd.core.bodies import Bodies
 from meshd.core.effects import Address
 from meshd.core.frames import CallHeader, FrameTooLarge, UnsendableError
 from meshd.core.mux import Mux
@@ -115,6 +116,7 @@ class PeerStreams:
         self.load = load
         self.gossip_heard = on_gossip
         self.draining = False
+        self.bodies = Bodies(config.bodies_bytes_max)
         self.gate = Gate() if gate is None else gate
         self._identity = identity
         self._me = identity.node_id

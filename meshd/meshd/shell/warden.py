@@ -420,8 +420,9 @@ class Warden:
     async def revoke(self, node: NodeId, reason: str, *, rotate: bool) -> int | None:
         """Shut a node out, and put a new key in force that it does not have; its generation.
 
-        What an issuer decreed is void once it is out. So whom it had revoked, we revoke again first; and if the
-        key in force was its own, there is a new one in any case.
+        What an issuer decreed is void once it is out. So whom it had revoked, we revoke again first; and then, or
+        if the key in force was its own, there is a new one in any case: the key that it made against those, heard
+        of here or not, is void as well.
 
         Raises: as `rotate`.
         """
@@ -435,7 +436,7 @@ class Warden:
         ]
         raws = (*again, self._revocation(node, reason))
         in_force = state.decrees.generation
-        if not rotate and (in_force is None or in_force.authority != node):
+        if not (rotate or again) and (in_force is None or in_force.authority != node):
             await self._post(raws)
             return None
         others = [each.generation for each in decreed if each.authority != node]
