@@ -30,6 +30,7 @@ from meshd_plugins.api import (
     PluginConfigError,
     PluginContext,
     PluginOperation,
+    Reading,
     Value,
 )
 from meshd_plugins.hookspecs import HOOKS, PROJECT, HookSpecs
@@ -188,6 +189,13 @@ class PluginManager:
             known = ", ".join(sorted(operations)) or "nothing"
             raise LookupError(f"the plugin {name!r} has no operation {verb!r}; it has {known}")
         return operations[verb]
+
+    def only_reads(self, name: str, verb: str) -> bool:
+        """Whether an operation changes nothing, as its plugin says; False for what there is not."""
+        try:
+            return isinstance(self.operation(name, verb), Reading)
+        except LookupError:
+            return False
 
     async def operate(
         self, name: str, verb: str, arguments: Mapping[str, Value], take: Take

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from meshd_plugins.api import BadRequest, Operation, Refused, Request, Value
+from meshd_plugins.media import is_medium
 
 
 def prompt_of(request: Request) -> str:
@@ -45,6 +46,8 @@ def _last_user_message(messages: Value) -> str:
 def _content(content: Value) -> str:
     """A message's text: a string, or the text parts of OpenAI's list form."""
     if isinstance(content, Sequence) and not isinstance(content, str | bytes):
+        if any(isinstance(part, Mapping) and is_medium(part) for part in content):
+            raise BadRequest("only text is read here", code="unsupported_modality")
         parts = [
             _text(part.get("text"), "text")
             for part in content

@@ -261,7 +261,11 @@ class _FakeCall:
 
 
 class FakeWorker:
-    """A worker that answers from a script; `die` ends it."""
+    """A worker that answers from a script; `die` ends it.
+
+    Attributes:
+        open_calls: operations of the calls that nobody has left yet.
+    """
 
     def __init__(self, spec: WorkerSpec, script: Script, hello: Mapping[str, Value]) -> None:
         self.spec = spec
@@ -269,6 +273,7 @@ class FakeWorker:
         self._hello = hello
         self._died = trio.Event()
         self._why = ""
+        self.open_calls: list[str] = []
 
     @property
     def hello(self) -> Mapping[str, Value]:
@@ -280,7 +285,13 @@ class FakeWorker:
         await trio.lowlevel.checkpoint()
         if self._died.is_set():
             raise Failed(self._why, code="worker_died")
-        yield _FakeCall(self._script(message))
+        operation = str(message.get("operation"))
+        call = _FakeCall(self._script(message))
+        self.open_calls.append(operation)
+        try:
+            yield call
+        finally:
+            self.open_calls.remove(operation)
 
     def call(self, message: Mapping[str, Value]) -> AbstractAsyncContextManager[WorkerCall]:
         """Send a request."""

@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -71,6 +72,7 @@ class FrameDecoder:
     def __init__(self, bytes_max: int = FRAME_BYTES_MAX) -> None:
         self._buffer = bytearray()
         self._bytes_max = bytes_max
+        self.frame_bytes = 0  # of the message that was yielded last
 
     @property
     def pending_bytes(self) -> int:
@@ -91,6 +93,7 @@ class FrameDecoder:
                     break
                 payload = bytes(self._buffer[start + _HEADER.size : end])
                 start = end
+                self.frame_bytes = length
                 yield _unpack(payload)
         finally:
             del self._buffer[:start]
@@ -122,15 +125,20 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Woken:
+    """A thread of this process has something for the main thread."""
+
+
+@dataclass(frozen=True, slots=True)
 class Closed:
     """The daemon wants the process to end, or is gone."""
 
 
-Incoming: TypeAlias = Call | Cancel | Closed
+Incoming: TypeAlias = Call | Cancel | Woken | Closed
 
 
 class Link:
-    """The worker's end of the conversation. Used from the main thread only.
+    """The worker's end of the conversation. Used from the main thread only, but for `wake`.
 
     What is sent is gathered until `flush`, so that one step of a batch costs one system call.
     """
@@ -160,6 +168,11 @@ class Link:
             return self._inbox.get(block=wait_s != 0.0, timeout=wait_s or None)
         except queue.Empty:
             return None
+
+    def wake(self) -> None:
+        """Let `receive` return `Woken`. For other threads; the main thread looks for their work itself."""
+        with suppress(queue.Full):  # it has enough to wake up for
+            self._inbox.put_nowait(Woken())
 
     def item(self, call_id: int, message: Message) -> None:
         """Send a part of the answer."""
