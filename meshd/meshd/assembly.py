@@ -18,6 +18,7 @@ import trio
 from meshd import __version__
 from meshd.config import Config, describe, handoff_config
 from meshd.config.gossip import gossip_config
+from meshd.core.bodies import Bodies
 from meshd.core.effects import Address
 from meshd.core.events import (
     Event,
@@ -67,6 +68,7 @@ from meshd.shell.joining_server import JoinServer
 from meshd.shell.keeper import StateKeeper, load_store
 from meshd.shell.seeds import Seeds
 from meshd.shell.storage import Storage
+from meshd.shell.stream_calls import OUTGOING_BYTES_MAX
 from meshd.shell.streams import IncomingCall, PeerStreams, StreamConfig
 from meshd.shell.supervisor import ProcessSupervisor
 from meshd.shell.trust_calls import TrustServer
@@ -197,7 +199,11 @@ class Assembly(ABC):
         )
         self._streams = PeerStreams(
             self._identity,
-            StreamConfig(mux=MuxConfig(frame_bytes_max=config.limits.request_bytes_max)),
+            StreamConfig(
+                mux=MuxConfig(frame_bytes_max=config.limits.request_bytes_max),
+                outgoing_bytes_max=OUTGOING_BYTES_MAX + config.limits.request_bytes_max,
+                bodies_bytes_max=config.limits.bodies_bytes_max,
+            ),
             epoch=self._store.epoch,
             handler=self._serve_call,
             on_gossip=self._gossip_from_stream,
@@ -353,7 +359,8 @@ class Assembly(ABC):
             access=self._access_view,
             trust=self._trust_desk,
             desk=self._join_desk,
-            operate=self._plugins.operate,
+            operate=self._plugins,
+            bodies=Bodies(config.limits.bodies_bytes_max),
         )
 
     def _build_lookout(self, router: Router) -> Lookout:

@@ -20,7 +20,7 @@ from meshd_naming.errors import (
 from meshd_naming.fields import FIELDS, Constraint, FieldType, Operator
 from meshd_naming.grammar import Kind, Name, parse_capability_name, parse_name, parse_query
 from meshd_naming.index import Index
-from meshd_naming.offers import Offer, offer_from_descriptor
+from meshd_naming.offers import Offer, modalities_from, offer_from_descriptor
 from meshd_naming.resolver import (
     Candidate,
     LeftOut,
@@ -68,6 +68,7 @@ __all__ = [
     "UnknownKind",
     "WildcardNotAllowed",
     "admits",
+    "modalities_from",
     "offer_from_descriptor",
     "parse_capability_name",
     "parse_name",

@@ -10,6 +10,7 @@ from meshd_naming.grammar import Name, parse_capability_name
 from meshd_plugins.api import Descriptor, Privacy, Rates, Value
 
 WEIGHT_MAX = 65_535  # as in a DNS SRV record
+TEXT_ONLY = ("text",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,21 @@ class Offer:
         capacity = self.slots * (rate if 0.0 < rate < WEIGHT_MAX else 1.0)
         return max(1, min(WEIGHT_MAX, round(capacity)))
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What it can take in: text, where it does not say."""
+        return modalities_from(self.fields.get("modality"))
+
     def value(self, name: str) -> Value:
         """What a constraint on field `name` compares; None when the record does not say."""
         return self.slots if name == "slots" else self.fields.get(name)
+
+
+def modalities_from(told: Value) -> tuple[str, ...]:
+    """What a record says under `modality`, as texts; text alone, where it says nothing that makes sense."""
+    if isinstance(told, list | tuple):
+        return tuple(each for each in told if isinstance(each, str)) or TEXT_ONLY
+    return (told,) if isinstance(told, str) else TEXT_ONLY
 
 
 def offer_from_descriptor(

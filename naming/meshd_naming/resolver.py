@@ -76,6 +76,7 @@ class ResolveOptions:
     allow_general: bool = True  # may knowledge fall back to knowledge.gpt/general
     allow_cloud: bool = False  # may it go to a cloud capability; `privacy` must say CLOUD as well
     exclude: frozenset[NodeId] = frozenset()  # owners already tried
+    modalities: tuple[str, ...] = ()  # what must be taken in beside text
     explain: bool = False  # fill `left_out` even when there are candidates
 
 
@@ -244,6 +245,7 @@ class Resolver:
             options.privacy,
             options.allow_general,
             options.allow_cloud,
+            options.modalities,
             options.explain,
         )
         plan = self._plans.get(key)
@@ -403,6 +405,8 @@ def _static_reason(
         return lambda: f"not on {node}"
     if options.operation is not None and options.operation not in offer.operations:
         return lambda: f"cannot {options.operation}; it can {', '.join(offer.operations)}"
+    if options.modalities and not set(options.modalities) <= set(offer.modalities):
+        return lambda: f"takes in {printable(', '.join(offer.modalities))} only"
     for limit in limits:
         if not satisfies(limit, have := offer.value(limit.field)):
             return lambda: _unsatisfied(limit, have)

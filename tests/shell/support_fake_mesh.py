@@ -14,6 +14,7 @@ from pathlib import Path
 import trio
 
 from meshd.config import HttpSection
+from meshd.core.bodies import Bodies
 from meshd.edge.app import build_app
 from meshd.edge.counters import EdgeCounters
 from meshd.edge.exposure import Exposure
@@ -342,6 +343,7 @@ async def serving(
     connection_limits: ConnectionLimits | None = None,
     exposure: Exposure | None = None,
     counters: EdgeCounters | None = None,
+    bodies: Bodies | None = None,
 ) -> AsyncGenerator[EdgeSockets, None]:
     """The real application on real sockets: TCP on a free port, and `folder/meshd.sock`."""
     certificate = None if exposure is None else exposure.certificate
@@ -353,7 +355,7 @@ async def serving(
         keep_alive_s=keep_alive_s,
     )
     sockets = open_edge_sockets(http)
-    app = build_app(mesh, limits, exposure=exposure, counters=counters)
+    app = build_app(mesh, limits, exposure=exposure, counters=counters, bodies=bodies)
     async with trio.open_nursery() as nursery:
 
         async def serve(task_status: trio.TaskStatus[None]) -> None:

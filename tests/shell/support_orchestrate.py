@@ -62,11 +62,14 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     trio.run(bounded, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-def descriptor(name: str, *, slots: int = 1, privacy: Privacy = Privacy.MESH) -> Descriptor:
+def descriptor(
+    name: str, *, slots: int = 1, privacy: Privacy = Privacy.MESH, takes: Sequence[str] = ()
+) -> Descriptor:
     operations: tuple[Operation, ...] = (Operation.CHAT, Operation.COMPLETE, Operation.RUN)
     if name.startswith("data"):
         operations = (Operation.FETCH,)
-    return Descriptor(name, operations, "a script", slots, privacy)
+    fields: dict[str, Value] = {"modality": list(takes)} if takes else {}
+    return Descriptor(name, operations, "a script", slots, privacy, fields=fields)
 
 
 def saying(*texts: str, gap_s: float = 0.0, finish_reason: str = "stop") -> Script:
@@ -218,9 +221,15 @@ class World:
         )
 
     def local(
-        self, name: str, script: Script, *, slots: int = 1, privacy: Privacy = Privacy.MESH
+        self,
+        name: str,
+        script: Script,
+        *,
+        slots: int = 1,
+        privacy: Privacy = Privacy.MESH,
+        takes: Sequence[str] = (),
     ) -> Scripted:
-        capability = Scripted(descriptor(name, slots=slots, privacy=privacy), script)
+        capability = Scripted(descriptor(name, slots=slots, privacy=privacy, takes=takes), script)
         self.host.add(capability)
         return capability
 
@@ -233,11 +242,12 @@ class World:
         slots: int = 4,
         privacy: Privacy = Privacy.MESH,
         host: str = "",
+        takes: Sequence[str] = (),
     ) -> Scripted:
         """A new member that serves one capability; on the LAN unless its address says otherwise."""
         number = len(self._members) + 1
         theirs = store(number)
-        shown = descriptor(capability, slots=slots, privacy=privacy)
+        shown = descriptor(capability, slots=slots, privacy=privacy, takes=takes)
         theirs.set(NODE_KEY, {"name": name})
         theirs.set(capability_key(shown.id), capability_value(shown))
         whole = theirs.delta_since(theirs.owner, Version(0), 10**6)

@@ -22,7 +22,8 @@ from meshd.config import HttpSection
 from meshd.edge.app import build_app
 from meshd.edge.limits import EdgeLimits
 from meshd.edge.server import open_edge_sockets, serve_edge
-from meshd_plugins.api import BadRequest, Failed, PluginContext, PluginOperation, Value
+from meshd.orchestrate.audit import Wanted
+from meshd_plugins.api import BadRequest, Failed, PluginContext, PluginOperation, Reading, Value
 from meshd_plugins.hookspecs import hookimpl
 from meshd_plugins.manager import PluginManager
 from meshd_plugins.sources import of_objects
@@ -70,6 +71,7 @@ class Scripted:
         self.asked: list[tuple[str, Item]] = []
         self.closed = trio.Event()
         self.items: dict[str, list[Item | Exception]] = {}
+        self.reading: set[str] = set()  # verbs that change nothing
 
     def script(self, verb: str) -> PluginOperation:
         async def operation(arguments: Item) -> AsyncGenerator[Item, None]:
@@ -91,7 +93,32 @@ class Scripted:
     @hookimpl
     def meshd_operations(self, context: PluginContext) -> Mapping[str, PluginOperation]:
         del context
-        return {verb: self.script(verb) for verb in self.items}
+        return {
+            verb: Reading(self.script(verb)) if verb in self.reading else self.script(verb)
+            for verb in self.items
+        }
+
+
+class Trail:
+    """As much of an `AccessService` as an endpoint of a plugin has to do with."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Value]] = []
+
+    def record(self, kind: str, /, **fields: Value) -> None:
+        self.lines.append({"kind": kind, **fields})
+
+    def access(self) -> Mapping[str, Value]:
+        return {}
+
+    async def check(self, name: str, caller: str, privacy: str, at: str) -> Mapping[str, Value]:
+        raise BadRequest("nobody asks here")
+
+    async def audit(self, wanted: Wanted) -> Mapping[str, Value]:
+        raise BadRequest("nobody asks here")
+
+    async def audit_verify(self) -> Mapping[str, Value]:
+        raise BadRequest("nobody asks here")
 
 
 class Scene:
@@ -99,6 +126,7 @@ class Scene:
 
     def __init__(self, tmp_path: Path) -> None:
         self.plugin, self.log = Scripted(), KeptLog()
+        self.trail = Trail()
         self.socket = tmp_path / "meshd.sock"
         self._manager = PluginManager(
             lambda name: fake_context(name, tmp_path),
@@ -115,7 +143,7 @@ class Scene:
         async def main() -> T:
             sockets = open_edge_sockets(HttpSection(port=0, socket=self.socket))
             limits = EdgeLimits(heartbeat_s=0.05)
-            app = build_app(FakeMesh(), limits, operate=self._manager.operate)
+            app = build_app(FakeMesh(), limits, operate=self._manager, access=self.trail)
             async with trio.open_nursery() as nursery:
 
                 async def serve(task_status: trio.TaskStatus[None]) -> None:
@@ -163,6 +191,20 @@ def test_items_come_as_lines_and_the_last_says_done(scene: Scene) -> None:
     assert lines == [
         {"event": "progress", "stage": "hashing", "bytes": 7},
         {"event": "done", "id": "x"},
+    ]
+
+
+def test_the_trail_has_what_was_done_and_not_what_was_read(scene: Scene) -> None:
+    scene.plugin.items = {"add": [{"done": {}}], "list": [{"done": {"models": []}}]}
+    scene.plugin.reading = {"list"}
+    assert scene.post("/mesh/v1/plugins/llama/list") == (200, [{"event": "done", "models": []}])
+    assert scene.trail.lines == []
+    scene.post("/mesh/v1/plugins/llama/add")
+    scene.post("/mesh/v1/plugins/llama/nothing")
+    acts = [(line["act"], line["outcome"]) for line in scene.trail.lines]
+    assert acts == [
+        ("POST /mesh/v1/plugins/llama/add", "ok"),
+        ("POST /mesh/v1/plugins/llama/nothing", "refused"),
     ]
 
 
@@ -243,7 +285,7 @@ def test_list_shows_models_of_every_kind(scene: Scene) -> None:
     done = scene.meshd("list")
     assert done.exit_code == 0
     title, tiny, big, ill = done.stdout.splitlines()
-    assert title.split()[:5] == ["MODEL", "SIZE", "QUANT", "NAMES", "STATE"]
+    assert title.split()[:6] == ["MODEL", "SIZE", "QUANT", "NAMES", "READS", "STATE"]
     for cell in ("98.4 MB", "Q4_1", "knowledge.gpt/x", "serving", "240 MB", "380.5", "41"):
         assert cell in tiny
     assert "downloading 43%" in big
@@ -271,6 +313,7 @@ def test_add_sends_what_was_said_and_tells_the_outcome(
         "id": "",
         "sha256": "",
         "lora": ["style"],
+        "projector": "",
         "allow_http": False,
         "wait": True,
         "options": {"context": 512, "gpu_layers": 3, "privacy": "lan"},
@@ -347,7 +390,7 @@ def test_bench_shows_its_figures(scene: Scene) -> None:
     assert [line.split() for line in lines[1:6]] == [
         ["prefill", "128", "tokens", "350.5"],
         ["prefill", "512", "tokens", "390"],
-        ["decode", "1", "streams", "40"],
+        ["decode", "1", "stream", "40"],
         ["decode", "2", "streams", "70"],
         ["decode", "8", "streams", "120"],
     ]
@@ -355,10 +398,10 @@ def test_bench_shows_its_figures(scene: Scene) -> None:
 
 
 def test_a_model_that_was_left_out_is_tried_again(scene: Scene) -> None:
-    scene.plugin.items["retry"] = [{"done": {"id": "ill"}}]
+    scene.plugin.items["retry"] = [{"done": {"id": "ill", "state": "serving"}}]
     done = scene.meshd("retry", "ill")
     assert (done.exit_code, scene.plugin.asked) == (0, [("retry", {"id": "ill"})])
-    assert "ill is tried again" in done.stdout
+    assert done.stdout == "ill: serving\n"
 
 
 @pytest.mark.parametrize("columns", [20, 40, 60, 80, 120])

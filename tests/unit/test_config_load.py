@@ -195,7 +195,7 @@ def test_unknown_keys_name_the_nearest_valid_one(
         ("[http]\nallowed_hosts = ['a b']", "expected a DNS name"),
         ("[http]\nsocket = 5", "expected a path in quotes"),
         (f"[http]\nsocket = '/{'s' * 120}'", "longer than 107 bytes"),
-        ("[http]\nrequest_bytes_max = 50000000", "above limits.request_bytes_max (4194304)"),
+        ("[http]\nrequest_bytes_max = 16000000", "above limits.request_bytes_max (8519680)"),
         ("[limits]\ndeadline_s = 601", "above limits.deadline_max_s (600)"),
         ("[log]\nlevel = 'verbose'", "expected one of debug, info, warning, error"),
         ("[log]\nlevel = ['info']", "expected one of debug"),

@@ -38,7 +38,7 @@ def chat(**fields: Any) -> dict[str, Any]:
         (chat(messages=[{"role": "user", "content": "\ud800"}]), "messages[0].content"),
         (
             chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
-            "messages[0].content[0]",
+            "messages[0].content[0].image_url",
         ),
         (
             chat(messages=[{"role": "user", "content": [{"type": "text"}]}]),
@@ -74,6 +74,15 @@ def chat(**fields: Any) -> dict[str, Any]:
         (
             chat(response_format={"type": "json_schema", "json_schema": {"name": "x"}}),
             "response_format.json_schema.schema",
+        ),
+        (
+            chat(
+                response_format={
+                    "type": "json_schema",
+                    "json_schema": {"schema": {}, "strict": "yes"},
+                }
+            ),
+            "response_format.json_schema.strict",
         ),
         (chat(grammar=5), "grammar"),
         (chat(meshd={"grammar": 5}), "meshd.grammar"),

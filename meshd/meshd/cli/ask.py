@@ -30,6 +30,20 @@ _PROMPT_SHOWN_CHARS: Final = 60
 @click.command()
 @click.argument("target", metavar="NAME|auto", shell_complete=complete.targets)
 @click.argument("prompt", nargs=-1)
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A picture to ask about: PNG, JPEG, GIF, BMP or WebP. May be given again.",
+)
+@click.option(
+    "--audio",
+    "sounds",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A recording to ask about: WAV, MP3 or FLAC. May be given again.",
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 is the likeliest; 2 is wild.")
 @click.option("--seed", type=int, help="Of the sampler: the same gives the same answer.")
@@ -56,6 +70,8 @@ def ask(
     /,
     target: str,
     prompt: tuple[str, ...],
+    images: tuple[Path, ...],
+    sounds: tuple[Path, ...],
     output: Path | None,
     verbose: bool,
     quiet: bool,
@@ -63,13 +79,13 @@ def ask(
 ) -> None:
     """Ask the mesh.
 
-    The words of PROMPT are joined; '-' reads it from standard input. A data.gpt name needs none. With
-    --json every event is printed as one line.
+    The words of PROMPT are joined; '-' reads it from standard input. A data.gpt name needs none. A picture or
+    a recording goes to a model that takes it in. With --json every event is printed as one line.
     """
     settings = ctx.ensure_object(Settings)
     if settings.as_json and output is not None:
         raise click.UsageError("--output takes the answer, --json all events: give one of them")
-    payload = _payload(target, prompt, options)
+    payload = _payload(target, prompt, images, sounds, options)
     told = (verbose or sys.stderr.isatty()) and not quiet and not settings.as_json
     show = _Show(output, told=told, as_json=settings.as_json)
     try:
@@ -91,7 +107,11 @@ def ask(
 
 
 def _payload(
-    target: str, prompt: tuple[str, ...], options: Mapping[str, object]
+    target: str,
+    prompt: tuple[str, ...],
+    images: tuple[Path, ...],
+    sounds: tuple[Path, ...],
+    options: Mapping[str, object],
 ) -> Mapping[str, Value]:
     text = " ".join(prompt)
     try:
@@ -100,10 +120,15 @@ def _payload(
         text.encode()  # arguments that were no UTF-8 hold surrogates
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise click.UsageError(f"the question is not UTF-8 text: {error.reason}") from error
-    if not text.strip() and not target.startswith("data."):
+    files = bool(images or sounds)
+    if not text.strip() and not files and not target.startswith("data."):
         raise click.UsageError("what is the question? Give PROMPT, or '-' to read it from a pipe")
     payload: dict[str, object] = {"target": target}
-    if text:
+    if files:
+        from meshd.cli.attach import message_of
+
+        payload["messages"] = [message_of(text, images, sounds)]
+    elif text:
         payload["prompt"] = text
     named = {"max_tokens": "max_tokens", "temperature": "temperature", "seed": "seed"}
     for key, option in {**named, "deadline_s": "deadline", "privacy": "privacy"}.items():

@@ -18,8 +18,8 @@ _HEAD: Final = """\
 commands' own help by `python -m meshd.cli.document > docs/cli.md`; a test checks that it is current.
 
 Answers and tables go to standard output, everything else to standard error. `--json`, before or after
-the command, prints JSON for scripts; `meshd ask --json` prints one event a line (see [api.md](api.md)), and
-`meshd peers --watch --json` one change a line.
+the command, prints JSON for scripts. One event a line print `meshd ask --json` (see [api.md](api.md)) and, with what
+came of it as the last line, `meshd model add`, `bench` and `verify`; one change a line `meshd peers --watch --json`.
 
 ## Exit statuses
 

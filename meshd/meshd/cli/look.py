@@ -44,6 +44,7 @@ _CAPABILITIES: Final = (
     Column("node_name", "node"),
     Column("operations", "operations", optional=True),
     Column("model", "model"),
+    Column("modalities", "takes in", optional=True),
     Column("slots", "busy", right=True),
     Column("decode_tokens_per_s", "tok/s", right=True),
     Column("privacy", "privacy", optional=True),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PLUGIN: Final = "llama"
 REASON_CHARS_MAX: Final = 400
+LEFT_OUT: Final = ("quarantined", "backing_off")
+_ID: Final = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _ELSEWHERE: Final = re.compile(r"(hf:|pypi:|https?://)")
 
 
@@ -33,7 +35,15 @@ def _state(row: Mapping[str, Value]) -> str:
         if isinstance(whole, int) and whole > 0:
             return f"{state} {here / whole:.0%}"
         return f"{state}, {size(here)} here"
+    if row.get("split"):
+        return f"{state}, layers on {plain(row['split'])} too"
     return state
+
+
+def _reads(row: Mapping[str, Value]) -> list[str]:
+    """What a model reads beside text, in one cell."""
+    modalities = row.get("modalities")
+    return [each for each in cast("list[str]", modalities or []) if each != "text"]
 
 
 _MODELS: Final = (
@@ -41,6 +51,7 @@ _MODELS: Final = (
     Column("size_bytes", "size", size, right=True),
     Column("quantisation", "quant", optional=True),
     Column("names", "names"),
+    Column("shown_reads", "reads", optional=True),
     Column("shown_state", "state"),
     Column("resident_bytes", "memory", size, right=True),
     Column("prefill_tokens_per_s", "prefill/s", right=True, optional=True),
@@ -61,7 +72,8 @@ def model() -> None:
     "--name",
     "names",
     multiple=True,
-    help="What it answers to; may be given again. [default: knowledge.gpt/general]",
+    help="What it answers to; may be given again. [default: knowledge.gpt/general; computation.gpt/embed or "
+    "computation.gpt/rerank for one that makes vectors or scores]",
 )
 @click.option("--id", "model_id", default="", help="What it is called here; else after its file.")
 @click.option(
@@ -74,6 +86,12 @@ def model() -> None:
     multiple=True,
     metavar="ID",
     help="An adapter that was added before; may be given again.",
+)
+@click.option(
+    "--projector",
+    default="",
+    metavar="SOURCE",
+    help="What has it read images or sound (an mmproj file): as SOURCE, or the ID of one that was added before.",
 )
 @click.option(
     "--set",
@@ -100,17 +118,23 @@ def add(settings: Settings, /, source: str, **options: object) -> None:
         "id": str(options["model_id"]),
         "sha256": str(options["sha256"]),
         "lora": list(cast("tuple[str, ...]", options["lora"])),
+        "projector": _projector(str(options["projector"]), remote=bool(settings.url)),
         "allow_http": options["allow_http"] is True,
         "wait": options["no_wait"] is not True,
         "options": _settings_of(options),
     }
     try:
-        done = _operate(settings, "add", wanted)
+        done = _operate(settings, "add", wanted, lines=True)
     except KeyboardInterrupt:
         click.echo(
             "stopped; what has arrived is kept, and the same command goes on from there", err=True
         )
         raise
+    except CommandError as error:
+        if error.exit_code != Exit.BROKEN or isinstance(error, ServerError):
+            raise
+        told = "the node went away meanwhile; what has arrived is kept, and the same command goes on from there"
+        raise CommandError(told, Exit.BROKEN) from error
     if not settings.as_json:
         _tell_added(done)
     if done.get("state") == "quarantined":
@@ -125,11 +149,14 @@ def add(settings: Settings, /, source: str, **options: object) -> None:
 @pass_settings
 def list_models(settings: Settings) -> None:
     """List the models of this node, those of its configuration and those on their way too."""
-    done = _operate(settings, "list", {}, quiet=True)
+    done = _operate(settings, "list", {})
     if settings.as_json:
         print_json(done["models"])
         return
-    rows = [{**row, "shown_state": _state(row)} for row in rows_of(done, "models")]
+    rows = [
+        {**row, "shown_state": _state(row), "shown_reads": _reads(row)}
+        for row in rows_of(done, "models")
+    ]
     if not rows:
         click.echo("no models: `meshd model add SOURCE` adds one", err=True)
         return
@@ -145,7 +172,7 @@ def list_models(settings: Settings) -> None:
 @pass_settings
 def verify(settings: Settings, model_id: str) -> None:
     """Read the file of a model whole, or of all of them, and compare its digest."""
-    done = _operate(settings, "verify", {"id": model_id})
+    done = _operate(settings, "verify", {"id": model_id}, lines=True)
     for row in rows_of(done, "models"):
         if settings.as_json:
             continue
@@ -174,14 +201,16 @@ def remove(settings: Settings, model_id: str, *, yes: bool) -> None:
         click.confirm(f"Remove {model_id}?", abort=True, err=True)
     done = _operate(settings, "remove", {"id": model_id})
     if settings.as_json:
+        print_json(done)
         return
     left = done.get("left")
+    beside = f" and {plain(done.get('with'))}" if done.get("with") else ""
     kept = (
         f"its file stays: {plain(left)}"
         if left
         else f"{size(done.get('freed_bytes'))} are free again"
     )
-    click.echo(f"removed {plain(done.get('id'))}; {kept}")
+    click.echo(f"removed {plain(done.get('id'))}{beside}; {kept}")
 
 
 @model.command()
@@ -193,7 +222,7 @@ def bench(settings: Settings, model_id: str) -> None:
 
     Requests that come meanwhile wait until it is done, some seconds.
     """
-    done = _operate(settings, "bench", {"id": model_id})
+    done = _operate(settings, "bench", {"id": model_id}, lines=True)
     if not settings.as_json:
         click.echo(bench_text(done))
 
@@ -203,10 +232,15 @@ def bench(settings: Settings, model_id: str) -> None:
 @json_option
 @pass_settings
 def retry(settings: Settings, model_id: str) -> None:
-    """Try the model ID, which was left out, again at once."""
+    """Try the model ID, which was left out, again at once, and say how that ended."""
     done = _operate(settings, "retry", {"id": model_id})
+    if settings.as_json:
+        print_json(done)
+    if done.get("state") in LEFT_OUT:
+        why = _short(plain(done.get("reason")))
+        raise CommandError(f"{plain(done.get('id'))} is still left out: {why}", Exit.FAILED)
     if not settings.as_json:
-        click.echo(f"{plain(done.get('id'))} is tried again; `meshd model list` shows how it goes")
+        click.echo(f"{plain(done.get('id'))}: {_state(done)}")
 
 
 def bench_text(done: Mapping[str, Value]) -> str:
@@ -215,11 +249,24 @@ def bench_text(done: Mapping[str, Value]) -> str:
     for what, key in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):
         figures = done.get(f"{key}_by_length" if what == "prefill" else f"{key}_by_batch")
         if isinstance(figures, Mapping):
-            unit = "tokens" if what == "prefill" else "streams"
+            unit = "token" if what == "prefill" else "stream"
             rows += [
-                {"what": what, "at": f"{number} {unit}", "rate": figures[number]}
+                {
+                    "what": what,
+                    "at": f"{number} {unit}{'' if number == '1' else 's'}",
+                    "rate": figures[number],
+                }
                 for number in sorted(figures, key=_as_number)
             ]
+    embedding = done.get("embedding")
+    if isinstance(embedding, Mapping):
+        rows.append(
+            {
+                "what": "vectors",
+                "at": f"{plain(embedding.get('texts_per_s'))} texts/s",
+                "rate": embedding.get("tokens_per_s"),
+            }
+        )
     columns = (
         Column("what", "what"),
         Column("at", "at", right=True),
@@ -230,8 +277,10 @@ def bench_text(done: Mapping[str, Value]) -> str:
 
 
 def _short(text: str) -> str:
-    """A reason may quote the last lines of a worker; `--json` has it whole."""
-    return text if len(text) <= REASON_CHARS_MAX else text[: REASON_CHARS_MAX - 1] + "…"
+    """A reason may quote the last lines of a worker, of which the last says what is wrong; `--json` has it whole."""
+    if len(text) <= REASON_CHARS_MAX:
+        return text
+    return text[: REASON_CHARS_MAX // 3] + " … " + text[-(2 * REASON_CHARS_MAX // 3 - 3) :]
 
 
 def _as_number(text: str) -> int:
@@ -239,14 +288,17 @@ def _as_number(text: str) -> int:
 
 
 def _operate(
-    settings: Settings, verb: str, arguments: Mapping[str, Value], *, quiet: bool = False
+    settings: Settings, verb: str, arguments: Mapping[str, Value], *, lines: bool = False
 ) -> Mapping[str, Value]:
-    """Have the node do something to its models, and show how far it is; return what came of it."""
-    line = ProgressLine(shown=not (quiet or settings.as_json))
+    """Have the node do something to its models, and show how far it is; return what came of it.
+
+    With --json, how far it is and what came of it are shown only by a command that prints `lines`.
+    """
+    line = ProgressLine(shown=verb != "list" and not settings.as_json)
     try:
         with closing(settings.client().operate(PLUGIN, verb, arguments)) as events:
             for event in events:
-                if settings.as_json and not quiet:
+                if settings.as_json and lines:
                     click.echo(json.dumps(event, ensure_ascii=False))
                 if event.get("event") == "done":
                     return event
@@ -281,6 +333,13 @@ def _source(text: str, *, remote: bool) -> str:
     if remote and not path.is_absolute():
         raise click.UsageError("a path on another machine must be given in full, from / on")
     return str(path.absolute())
+
+
+def _projector(text: str, *, remote: bool) -> str:
+    """The same for a projector, which may also be one of the library."""
+    if not text or (_ID.fullmatch(text) and (remote or not Path(text).exists())):
+        return text
+    return _source(text, remote=remote)
 
 
 def _settings_of(options: Mapping[str, object]) -> dict[str, Value]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from meshd.cli import complete
+from meshd.cli.failures import CommandError, Exit, ServerError
 from meshd.cli.render import Column, plain, rows_of, table, terminal_width
 from meshd.cli.settings import Settings, json_option, pass_settings, print_json
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 ANSWER_S: Final = 120.0  # when no deadline is given
 GRACE_S: Final = 5.0  # for the daemon to say that time is up
+TOO_LONG: Final = "context_length_exceeded"
+IN_THE_API: Final = "send truncate: true"  # of which people here type another thing
 _SHOWN: Final = 3  # numbers of a vector
 
 _privacy = click.option(
@@ -172,7 +175,13 @@ def _post(
         extension["privacy"] = privacy
     payload["meshd"] = extension
     timeout_s = (deadline or ANSWER_S) + GRACE_S
-    return settings.client().infer(endpoint, payload, timeout_s=timeout_s)
+    try:
+        return settings.client().infer(endpoint, payload, timeout_s=timeout_s)
+    except ServerError as error:
+        if error.error.get("code") == TOO_LONG:
+            message = error.message.replace(IN_THE_API, "give --truncate")
+            raise CommandError(message, Exit.USAGE) from error
+        raise
 
 
 def _numbers(value: Value) -> list[float]:

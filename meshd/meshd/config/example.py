@@ -80,6 +80,7 @@ _PLUGIN_EXAMPLE = (
     '#     keep = "demand"',
     "#     idle_unload_s = 600",
     '#     sha256 = "64 hexadecimal digits, as sha256sum prints: another file is refused"',
+    '#     projector = "/var/lib/meshd/models/mmproj-small.gguf"   # has it read images or sound',
     "#",
     "# Memory for a part of a peer's model (MiB); and on that peer, in the table of its model, who holds parts of it:",
     "#     [plugins.llama.rpc]",

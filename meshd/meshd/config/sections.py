@@ -205,12 +205,12 @@ class HttpSection:
         ),
     )
     request_bytes_max: int = field(
-        default=1_048_576,
+        default=8_388_608,
         metadata=about(
-            "Bytes of a request body. Raising it allows longer prompts and costs memory for each"
-            " request in flight. Not above limits.request_bytes_max.",
+            "Bytes of a request body. Raising it allows longer prompts and larger pictures (4 bytes are 3"
+            " of a file) and costs memory for each request in flight. Not above limits.request_bytes_max.",
             minimum=1024,
-            maximum=67_108_864,
+            maximum=16_777_216,
         ),
     )
     connections_max: int = field(
@@ -249,7 +249,7 @@ class HttpSection:
         ),
     )
     body_s: float = field(
-        default=10.0,
+        default=30.0,
         metadata=about(
             "Seconds for the body of a request, once its headers are there.",
             minimum=0.1,
@@ -312,11 +312,21 @@ class LimitsSection:
     """Bounds on work. Beyond them a request is refused at once, and the caller asks elsewhere."""
 
     request_bytes_max: int = field(
-        default=4_194_304,
+        default=8_519_680,
         metadata=about(
             "Bytes of one request from a peer. Raising it costs memory for each request in flight.",
             minimum=4096,
-            maximum=4_194_304,
+            maximum=16_842_752,
+        ),
+    )
+    bodies_bytes_max: int = field(
+        default=67_108_864,
+        metadata=about(
+            "Bytes of requests held at once, those of clients together, and those of peers together;"
+            " further ones are refused as busy. Of each request 64 KiB are not counted. Raising it allows"
+            " more pictures and long prompts at once; each byte of it may take up to five of memory.",
+            minimum=1_048_576,
+            maximum=17_179_869_184,
         ),
     )
     requests_max: int = field(

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs
 
 from starlette.routing import Route
 
-from meshd.edge.context import context_of
+from meshd.edge.context import READING_KEY, context_of
 from meshd.edge.errors import RequestError
 from meshd.edge.gate import scope_of
 from meshd.edge.http import send_json, to_json
@@ -65,12 +65,13 @@ class AdminRecorder:
         try:
             await self._app(scope, receive, noting)
         finally:
-            self._record(
-                "admin",
-                act=f"{method} {path}"[:_ACT_CHARS_MAX],
-                caller=context_of(scope).access.principal,
-                outcome="ok" if statuses == [_OK] else "refused",
-            )
+            if scope.get(READING_KEY) is not True:
+                self._record(
+                    "admin",
+                    act=f"{method} {path}"[:_ACT_CHARS_MAX],
+                    caller=context_of(scope).access.principal,
+                    outcome="ok" if statuses == [_OK] else "refused",
+                )
 
 
 class AccessCheck:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
+    from meshd.core.bodies import Bodies
     from meshd.edge.exposure import Exposure
     from meshd.edge.plugin_api import Operate
     from meshd.orchestrate.service import AccessService, MeshService
@@ -49,6 +50,7 @@ def build_app(
     desk: JoinDesk | None = None,
     trust: TrustDesk | None = None,
     operate: Operate | None = None,
+    bodies: Bodies | None = None,
 ) -> Starlette:
     """The application over `service`. It holds no state of its own but a second of catalogue, and rates.
 
@@ -61,6 +63,7 @@ def build_app(
         desk: where others are let in, where they can be.
         trust: who belongs to the mesh, and under which keys.
         operate: what plugins can be had to do.
+        bodies: bounds what the bodies of requests take together.
     """
     limits = limits or EdgeLimits()
     counters = counters or EdgeCounters()
@@ -106,6 +109,7 @@ def build_app(
                 gate=Gate(keys, require_key=limits.require_key),
                 names=() if exposure is None else exposure.names,
                 counters=counters,
+                bodies=bodies,
             ),
             *([Middleware(AdminRecorder, record=access.record)] if access else ()),
         ],

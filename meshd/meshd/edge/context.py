@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from meshd_plugins.api import Logger
 
 CONTEXT_KEY: Final = "meshd.context"
+READING_KEY: Final = (
+    "meshd.reading"  # set in the scope by an endpoint that turns out to change nothing
+)
 UNIX_KEY: Final = "meshd.unix"  # set in the scope by the server for requests on the Unix socket
 
 _FRAMES_MAX: Final = 6

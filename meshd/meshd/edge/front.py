@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Final, cast
 
 import trio
 
+from meshd.core.bodies import Bodies
 from meshd.edge.context import CONTEXT_KEY, RequestContext, log_unexpected, make_context
 from meshd.edge.errors import ClientGone, problem_of
 from meshd.edge.gate import scope_of
-from meshd.edge.http import send_problem
+from meshd.edge.http import SHARE_KEY, send_problem
 from meshd.edge.sources import Sources
 from meshd_plugins.api import HOP_HEADER, Refused
 
@@ -33,8 +34,14 @@ class Front:
     """
 
     def __init__(
-        self, app: ASGIApp, gate: Gate, names: Iterable[str], counters: EdgeCounters
+        self,
+        app: ASGIApp,
+        gate: Gate,
+        names: Iterable[str],
+        counters: EdgeCounters,
+        bodies: Bodies | None = None,
     ) -> None:
+        self._bodies = bodies or Bodies()
         self._app = app
         self._gate = gate
         self._sources = Sources(names)
@@ -45,6 +52,7 @@ class Front:
         assert scope["type"] == "http", scope["type"]
         context = make_context(scope)
         scope[CONTEXT_KEY] = context
+        scope[SHARE_KEY] = share = self._bodies.share()
         self._counters.requests += 1
         try:
             if not context.unix:
@@ -54,6 +62,8 @@ class Front:
             return
         except Exception as error:  # noqa: BLE001 - the per-request boundary: the daemon stays up
             await self._answer_error(scope, receive, send, context, error)
+        finally:
+            share.release()
 
     def _admit(self, scope: Scope) -> Access:
         """Who makes a request that came over TCP; raises RequestError for those who may not."""

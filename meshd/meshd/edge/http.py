@@ -14,17 +14,20 @@ from typing import TYPE_CHECKING, Final, cast
 import trio
 
 from meshd.edge.errors import ClientGone, Problem, RequestError
+from meshd_plugins.api import Refused
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
+    from meshd.core.bodies import BodyShare
     from meshd_plugins.api import Value
 
 JSON_TYPE: Final = b"application/json"
+SHARE_KEY: Final = "meshd.body_share"  # in the scope: what the request may hold, from its front
 _READ_KEY: Final = "meshd.body_read"
 # What a client may still send after its error before the connection is closed under it: closing at once
 # resets the connection, and the client would see the reset and not the answer.
-_DRAIN_BYTES_MAX: Final = 8 << 20
+_DRAIN_BYTES_MAX: Final = 16 << 20
 _DRAIN_S: Final = 1.0
 
 
@@ -113,11 +116,13 @@ async def read_body(scope: Scope, receive: Receive, bytes_max: int, deadline_s: 
     Raises:
         RequestError: 413 once it is known to be over `bytes_max` (the rest is not read); 408 when it
             is not whole within `deadline_s`.
+        Refused: `busy`: too much of other bodies is held now.
         ClientGone: the connection closed first.
     """
     declared = header(scope, b"content-length")
     if declared.isdecimal() and int(declared) > bytes_max:
         raise too_large(bytes_max)
+    share = cast("BodyShare | None", scope.get(SHARE_KEY))
     parts: list[bytes] = []
     size = 0
     with trio.move_on_after(deadline_s):
@@ -130,6 +135,8 @@ async def read_body(scope: Scope, receive: Receive, bytes_max: int, deadline_s: 
                 size += len(part)
                 if size > bytes_max:
                     raise too_large(bytes_max)
+                if share is not None and not share.grow(size):
+                    raise Refused("too many large requests are in flight here", code="busy")
                 parts.append(part)
             if not message.get("more_body", False):
                 scope[_READ_KEY] = True

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class EdgeLimits:
     """What one client may cost. The defaults suit a board with 2 GiB of memory."""
 
-    request_bytes_max: int = 1 << 20  # a longer body is refused with 413; raising it costs memory
-    body_deadline_s: float = 10.0  # a body that is not whole by then is refused with 408
+    request_bytes_max: int = 8 << 20  # a longer body is refused with 413; raising it costs memory
+    body_deadline_s: float = 30.0  # a body that is not whole by then is refused with 408
     deadline_default_s: float = 120.0  # of an ask that names none
     deadline_max_s: float = 3600.0  # a longer one is cut to this
     deadline_grace_s: float = 2.0  # the mesh answers its own deadline; after this the edge does

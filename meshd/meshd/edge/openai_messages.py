@@ -8,16 +8,19 @@ from typing import Final
 from meshd.edge.errors import RequestError
 from meshd.edge.fields import listed, mapped, missing, unsupported, utf8
 from meshd_plugins.api import Value
+from meshd_plugins.media import DETAILS, MEDIA_MAX, BadMedium, check_medium, is_medium
 
 _MESSAGES_MAX: Final = 4096
 _CALLS_MAX: Final = 128
 _ROLES: Final = ("system", "user", "assistant", "tool")
 _TEXT_PARTS: Final = ("text", "refusal")
-_OTHER_PARTS: Final = ("image_url", "input_image", "input_audio", "audio_url", "video_url", "file")
+_OTHER_PARTS: Final = ("input_image", "audio_url", "video_url", "file")
 
 
 def messages_of(value: Value) -> list[dict[str, Value]]:
-    """The messages of a chat: role and text, and what belongs to tools.
+    """The messages of a chat: role and content, and what belongs to tools.
+
+    Content is a string, or, where a user's message holds images or sound, the list of its parts.
 
     Raises:
         RequestError: 400, with `param` naming the message and the field.
@@ -28,13 +31,51 @@ def messages_of(value: Value) -> list[dict[str, Value]]:
             param="messages",
             code=missing(value),
         )
+    media = _Media()
     return [
-        _message(m, f"messages[{n}]")
+        _message(m, f"messages[{n}]", media)
         for n, m in enumerate(listed(value, "messages", _MESSAGES_MAX))
     ]
 
 
-def _message(value: Value, param: str) -> dict[str, Value]:
+class _Media:
+    """Checks the images and sounds of one request, and counts them."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def part(self, given: Mapping[str, Value], role: str, where: str) -> dict[str, Value]:
+        """A part as it is passed on: as it came, without what nobody knows.
+
+        Raises:
+            RequestError: 400, with `param` naming the part.
+        """
+        kind = str(given["type"])
+        if role != "user":
+            raise unsupported(where, "only messages of the user hold images and sound")
+        self._count += 1
+        if self._count > MEDIA_MAX:
+            raise RequestError(f"`{where}`: more than {MEDIA_MAX} images and sounds", param=where)
+        try:
+            check_medium(given, where)
+        except BadMedium as error:
+            code = "invalid_value" if error.code == BadMedium.code else error.code
+            raise RequestError(
+                f"`{error.where}` {error.reason}", param=error.where, code=code
+            ) from error
+        inner = mapped(given[kind], f"{where}.{kind}")
+        detail = inner.get("detail")
+        if detail is not None and detail not in DETAILS:
+            name = f"{where}.{kind}.detail"
+            raise RequestError(f"`{name}` must be one of {', '.join(DETAILS)}", param=name)
+        kept = {key: each for key in _MEDIA_KEPT if (each := inner.get(key)) is not None}
+        return {"type": kind, kind: kept}
+
+
+_MEDIA_KEPT: Final = ("url", "detail", "data", "format")
+
+
+def _message(value: Value, param: str, media: _Media) -> dict[str, Value]:
     message = mapped(value, param)
     role = message.get("role")
     if role == "developer":  # OpenAI's newer word for it; chat templates know only the older
@@ -54,7 +95,9 @@ def _message(value: Value, param: str) -> dict[str, Value]:
             f"`{param}.tool_calls`: only the assistant calls tools", param=f"{param}.tool_calls"
         )
     content = message.get("content")
-    found["content"] = "" if content is None and calls else _content(content, f"{param}.content")
+    found["content"] = (
+        "" if content is None and calls else _content(content, str(role), f"{param}.content", media)
+    )
     if calls:
         found["tool_calls"] = _calls(calls, f"{param}.tool_calls")
     for key in _KEPT.get(str(role), ()):
@@ -99,31 +142,44 @@ def _calls(value: Value, param: str) -> list[Value]:
     return calls
 
 
-def _content(value: Value, param: str) -> str:
+def _content(value: Value, role: str, param: str, media: _Media) -> Value:
     if isinstance(value, str):
         return utf8(value, param)
     if not isinstance(value, list):
         raise RequestError(
-            f"`{param}` must be a string, or a list of text parts",
+            f"`{param}` must be a string, or a list of parts",
             param=param,
             code=missing(value),
         )
+    parts: list[Value] = []
     texts: list[str] = []
     for i, part in enumerate(value):
         where = f"{param}[{i}]"
         given = mapped(part, where)
-        kind = given.get("type")
-        if kind in _OTHER_PARTS:
-            raise RequestError(
-                f"`{where}`: no model of this mesh takes parts of type {kind!r}, only text",
-                param=where,
-                code="unsupported_modality",
-            )
-        if kind not in _TEXT_PARTS:
-            raise unsupported(where, "only parts of type 'text' are supported")
-        text = given.get(str(kind))
-        if not isinstance(text, str):
-            name = f"{where}.{kind}"
-            raise RequestError(f"`{name}` must be a string", param=name, code=missing(text))
-        texts.append(utf8(text, f"{where}.{kind}"))
-    return "".join(texts)
+        if is_medium(given):
+            parts.append(media.part(given, role, where))
+            continue
+        text = _text(given, where)
+        texts.append(text)
+        parts.append({"type": "text", "text": text})
+    return "".join(texts) if len(texts) == len(parts) else parts
+
+
+def _text(given: Mapping[str, Value], where: str) -> str:
+    kind = given.get("type")
+    if kind in _OTHER_PARTS:
+        raise RequestError(
+            f"`{where}`: parts of type {kind!r} are not taken; "
+            "pictures come as 'image_url', sound as 'input_audio'",
+            param=where,
+            code="unsupported_modality",
+        )
+    if kind not in _TEXT_PARTS:
+        raise unsupported(
+            where, "only parts of type 'text', 'image_url' and 'input_audio' are supported"
+        )
+    text = given.get(str(kind))
+    if not isinstance(text, str):
+        name = f"{where}.{kind}"
+        raise RequestError(f"`{name}` must be a string", param=name, code=missing(text))
+    return utf8(text, f"{where}.{kind}")

@@ -101,6 +101,9 @@ def _response_format(value: Value) -> Value:
             raise RequestError(
                 f"`{param}` must be a schema", param=param, code=missing(inner.get("schema"))
             )
+        if not isinstance(inner.get("strict"), bool | None):
+            param = "response_format.json_schema.strict"
+            raise RequestError(f"`{param}` must be true or false", param=param, code="invalid_type")
     return plain(form, "response_format")
 
 

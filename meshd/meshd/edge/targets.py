@@ -52,7 +52,7 @@ class Models:
         self._listed_at_s = -_CATALOGUE_AGE_MAX_S
 
     def listed(self) -> dict[str, dict[str, Value]]:
-        """Id to `{"nodes": [...], "operations": [...]}`: `auto`, then names, then families, sorted."""
+        """Id to `{"nodes", "operations", "modalities"}`, the last of models: `auto`, then names, then families, sorted."""
         now_s = self._clock()
         if now_s - self._listed_at_s >= _CATALOGUE_AGE_MAX_S:
             capabilities = self._catalogue.capabilities()
@@ -93,10 +93,11 @@ def _listing(capabilities: list[Mapping[str, Value]]) -> dict[str, dict[str, Val
     for capability in capabilities:
         node = str(capability.get("node_name") or capability.get("node") or "")
         operations = capability.get("operations")
-        _add(names, str(capability.get("name", "")), node, operations)
+        modalities = capability.get("modalities")
+        _add(names, str(capability.get("name", "")), node, operations, modalities)
         family = family_of(capability)
         if _EXPRESSIBLE.fullmatch(family):
-            _add(families, family, node, operations)
+            _add(families, family, node, operations, modalities)
     names.pop("", None)
     return {
         AUTO: {"nodes": [], "operations": [Operation.CHAT, Operation.COMPLETE]},
@@ -126,11 +127,14 @@ def family_of(capability: Mapping[str, Value]) -> str:
     return model if isinstance(model, str) else ""
 
 
-def _add(table: dict[str, dict[str, Value]], key: str, node: str, operations: Value) -> None:
+def _add(
+    table: dict[str, dict[str, Value]], key: str, node: str, operations: Value, modalities: Value
+) -> None:
     row = table.setdefault(key, {"nodes": [], "operations": []})
     nodes = cast("list[Value]", row["nodes"])
     if node and node not in nodes:
         nodes.append(node)
-    known = cast("list[Value]", row["operations"])
-    if isinstance(operations, list | tuple):
-        known.extend(operation for operation in operations if operation not in known)
+    for field, found in (("operations", operations), ("modalities", modalities)):
+        if isinstance(found, list | tuple) and found:
+            known = cast("list[Value]", row.setdefault(field, []))
+            known.extend(each for each in found if each not in known)

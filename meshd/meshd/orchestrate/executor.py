@@ -6,7 +6,7 @@ fails, the others are cancelled and the ask fails with its error: half an answer
 whole one.
 
 A calculation that the calculator does not understand, or that nobody calculates, goes to a model, once
-(`Step.fallback`).
+(`Step.fallback`). So does an image that no general model takes in to any other model that does.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from meshd.orchestrate.events import (
     Planned,
     SubtaskDone,
 )
+from meshd.orchestrate.modalities import UNSUPPORTED_MODALITY
 from meshd.orchestrate.planner import Plan, Step
 from meshd.orchestrate.router import Router
 from meshd_cms import NodeId
 from meshd_naming import NotServed
 from meshd_plugins.api import BadRequest, Chunk, Request, Usage
 
-# What sends a calculation to a model instead: it was none after all, or nobody here calculates.
-_FALLBACK_CODES = frozenset({"not_arithmetic", NotServed.code})
+# What sends a calculation to a model instead: it was none after all, or nobody here calculates. And an image
+# from the general models to any that takes it in.
+_FALLBACK_CODES = frozenset({"not_arithmetic", UNSUPPORTED_MODALITY, NotServed.code})
 
 Send = Callable[[AskEvent], Awaitable[None]]
 Emit = Callable[[Chunk], Awaitable[None]]

@@ -10,7 +10,8 @@ the holder's own rules would serve that caller that capability.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -44,7 +45,8 @@ from meshd_plugins.api import (
 KV_ID: Final = "meshd/kv"  # a capability's id is NAME#DIGEST
 EXPORT: Final = "export"
 GIVEN_MAX: Final = 2
-"""States that are handed out at once: each may be held in memory while the line is slow."""
+"""States that are handed out at once: each is held by its capability, and some of it here, while the line is
+slow."""
 HOLDERS_MAX: Final = 4
 """Capabilities that are asked for one state: the names of a model, or a model that is loaded twice."""
 NOT_WARM: Final = "not_warm"
@@ -185,11 +187,27 @@ class PrefixServer:
                 self._guard.admit(descriptor, call.header.name, privacy, source)
                 async with holder.export_prefix(question.tag, str(caller), away) as export:
                     _check_may_have(export.head, question, str(caller), away)
-                    await call.send(_head_value(export.head))
-                    return {SIZE_FIELD: await _send(export, call)}
+                    with _within(self._config.given_s_max, "it takes too long"):
+                        await call.send(_head_value(export.head))
+                        return {SIZE_FIELD: await self._send(export, call)}
             except Refused as refused:
+                if call.sent_bytes:
+                    raise Failed(refused.message, code="contract") from refused
                 refusal = refused if refused.code != NOT_WARM else refusal
         raise refusal
+
+    async def _send(self, export: PrefixExport, call: IncomingCall) -> int:
+        """Send a state, one piece of it in hand: the next is asked for when the line has taken this one."""
+        sent_bytes = 0
+        while (data := await export.receive()) is not None:
+            sent_bytes += len(data)
+            if sent_bytes > export.head.size_bytes:
+                raise Failed("the state is longer than its head says", code="contract")
+            view = memoryview(data)
+            for at in range(0, len(data), PIECE_BYTES):
+                with _within(self._config.taken_s_max, "the node that asked does not take it"):
+                    await call.send(bytes(view[at : at + PIECE_BYTES]))
+        return sent_bytes
 
     def _holders(self, question: _Question) -> list[tuple[Descriptor, PrefixHolder]]:
         """The capabilities that may hold it, those that say so first: what they say is a second old."""
@@ -200,6 +218,15 @@ class PrefixServer:
         ]
         fitting.sort(key=lambda pair: all(each.tag != question.tag for each in pair[1].warm()))
         return fitting[:HOLDERS_MAX]
+
+
+@contextmanager
+def _within(seconds: float, why: str) -> Generator[None, None, None]:
+    """Raise Failed when it takes longer: what is held for it is let go."""
+    with trio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise Failed(f"{why}: {seconds:g} s", code="deadline_exceeded")
 
 
 def _question(call: IncomingCall) -> tuple[_Question, Privacy]:
@@ -228,18 +255,6 @@ def _check_may_have(head: PrefixHead, question: _Question, caller: str, away: Pr
     may_travel(head.privacy, away, at="the node that asks").enforce()
     if head.size_bytes > question.bytes_max:
         raise Refused(f"it has {head.size_bytes} bytes, more than wanted", code="too_large")
-
-
-async def _send(export: PrefixExport, call: IncomingCall) -> int:
-    sent_bytes = 0
-    while (data := await export.receive()) is not None:
-        sent_bytes += len(data)
-        if sent_bytes > export.head.size_bytes:
-            raise Failed("the state is longer than its head says", code="contract")
-        view = memoryview(data)
-        for at in range(0, len(data), PIECE_BYTES):
-            await call.send(bytes(view[at : at + PIECE_BYTES]))
-    return sent_bytes
 
 
 def _head_value(head: PrefixHead) -> Value:

@@ -18,6 +18,7 @@ from meshd.core import admission as doors
 from meshd.core.admission import Admission, AdmissionConfig, Admitted, Queued, Ticket
 from meshd.core.prefixes import TAG_BYTES, WARM_MAX
 from meshd.orchestrate.access_guard import Guard, Source
+from meshd.orchestrate.modalities import UNSUPPORTED_MODALITY, lacking, words
 from meshd.orchestrate.records import check_fits
 from meshd_naming import parse_capability_name
 from meshd_plugins.api import (
@@ -229,7 +230,7 @@ class CapabilityHost:
         The slot is given back whatever happens. Cancellation reaches the capability at once.
 
         Raises:
-            Refused: `not_here`, `unsupported`, `draining` or `busy`; or as the guard says: `privacy`,
+            Refused: `not_here`, `unsupported`, `unsupported_modality`, `draining` or `busy`; or as the guard says: `privacy`,
                 `access`, `caller`, `observer`; nothing was done.
             BadRequest: as the capability says.
             Failed: as the capability says; or `contract` if it broke the contract of
@@ -240,6 +241,9 @@ class CapabilityHost:
             raise Refused(f"{capability_id} is not on this node", code="not_here")
         if request.operation not in hosted.descriptor.operations:
             raise Refused(f"{capability_id} does not {request.operation}", code="unsupported")
+        if short := lacking(hosted.descriptor, request.body):
+            told = f"{capability_id} does not take in {words(short)}"
+            raise Refused(told, code=UNSUPPORTED_MODALITY)
         self._guard.admit(hosted.descriptor, request.name, request.privacy, source)
         if hosted.descriptor.privacy is Privacy.CLOUD:
             return await self._outside(hosted, request, emit, source)

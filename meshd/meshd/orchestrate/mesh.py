@@ -193,6 +193,7 @@ class Mesh:
                     "model": family,
                     "quantisation": quant,
                     "context_tokens": context,
+                    "modalities": list(offer.modalities) if family is not None else [],
                     "decode_tokens_per_s": offer.fields.get("decode_tokens_per_s"),
                     "prefill_tokens_per_s": offer.fields.get("prefill_tokens_per_s"),
                     "privacy": offer.privacy.name.lower(),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from meshd.orchestrate.classifier import GENERAL, Need, Part, classify
 from meshd.orchestrate.events import Ask, PlannedSubtask
+from meshd.orchestrate.modalities import UNSUPPORTED_MODALITY, needed_by, words
 from meshd_naming import Kind, parse_query
 from meshd_plugins.api import BadRequest, Operation, Value
 
@@ -21,6 +22,8 @@ ANY_OF: Mapping[Operation, str] = {
     Operation.RERANK: "computation.gpt/rerank/**",
 }
 """What `auto` means for operations that do not ask for the meaning of a text (decision 0027)."""
+ANYBODY = "knowledge.gpt/**"
+"""Who else may answer about an image or a sound when no general model takes it in."""
 _ASKING = ("messages", "prompt", "input")  # body fields that hold the question itself
 # Fields that ask for what no calculation and no document has, and what two answers joined would not be.
 _MODELS_ONLY = ("tools", "response_format", "grammar", "logprobs")
@@ -59,6 +62,8 @@ def plan(ask: Ask, data_names: Sequence[str]) -> Plan:
         return _by_name(ask, "asked by name")
     if (name := ANY_OF.get(ask.operation)) is not None:
         return _by_name(replace(ask, target=name), f"somebody who can {ask.operation}")
+    if needed := needed_by(ask.body):
+        return _of_media(ask, needed)
     if any(ask.body.get(field) for field in _MODELS_ONLY):
         return _by_name(replace(ask, target=GENERAL), "only a language model answers in this form")
     question = question_of(ask.body)
@@ -123,10 +128,24 @@ def body_for(operation: Operation, body: Mapping[str, Value], question: str) -> 
 
 def _by_name(ask: Ask, reason: str) -> Plan:
     operation = operation_for(ask.target, ask.operation)
+    if operation is not Operation.CHAT and (needed := needed_by(ask.body)):
+        raise BadRequest(
+            f'"{ask.target}" does not take in {words(needed)}; models do: "auto" finds one',
+            code=UNSUPPORTED_MODALITY,
+        )
     question = question_of(ask.body)
     subtask = PlannedSubtask("t1", ask.target, operation, question)
     step = Step(subtask, body_for(operation, ask.body, question))
     return Plan("single", reason, (step,))
+
+
+def _of_media(ask: Ask, needed: Sequence[str]) -> Plan:
+    """One part, whatever the text says: what is shown or heard may matter to all of it."""
+    question = question_of(ask.body)
+    operation = operation_for(GENERAL, ask.operation)
+    anybody = Step(PlannedSubtask("t1", ANYBODY, operation, question), ask.body)
+    step = Step(PlannedSubtask("t1", GENERAL, operation, question), ask.body, anybody)
+    return Plan("single", f"only a model takes in {words(needed)}", (step,))
 
 
 def _step(identity: str, part: Part, ask: Ask, *, whole: bool) -> Step:

@@ -25,6 +25,7 @@ from meshd.orchestrate.callers import Caller
 from meshd.orchestrate.catalogue import Catalogue
 from meshd.orchestrate.events import PlannedSubtask, Routed, SubtaskDone
 from meshd.orchestrate.host import CapabilityHost, Emit
+from meshd.orchestrate.modalities import needed_by, nobody_takes
 from meshd.orchestrate.warmth import Beginning, Warmth
 from meshd_cms import NodeId, node_id_text
 from meshd_naming import Candidate, Offer, ResolveOptions
@@ -38,6 +39,7 @@ from meshd_plugins.api import (
     Request,
     Value,
 )
+from meshd_plugins.media import MEDIA_MAX, TOKENS_PER_MEDIUM, is_medium, media_parts
 
 CHARS_PER_TOKEN = 4  # for the estimate of a prompt's length, nothing else
 ANSWER_TOKENS_DEFAULT = 128
@@ -46,6 +48,7 @@ COMPUTING_RATE_MIN = 1.0  # tokens/s
 VECTOR_OPERATIONS = frozenset({Operation.EMBED, Operation.RERANK})
 """Their answers are no tokens, and another model's would not be comparable: nothing general stands in."""
 LOADING_STRETCH = 2.0  # of the time that loading took when it was measured: the disk may be busy
+LOOKING_S = 45.0  # at each image or sound, until its model is through with it: boards have no GPU
 LOADING_MAX_S = 600.0  # whatever a peer says
 DEADLINE_CODE = "deadline_exceeded"
 
@@ -166,10 +169,14 @@ class Router:
             allow_general=subtask.operation not in VECTOR_OPERATIONS,
             privacy=request.privacy,
             allow_cloud=request.privacy is Privacy.CLOUD,
+            modalities=needed_by(request.body),
         )
         resolution = self._catalogue.resolve(subtask.name, options)
         if not resolution.candidates:
             self.statistics.not_served += 1
+            if options.modalities and self._is_served(subtask.name, options):
+                offers = self._catalogue.offers()
+                raise nobody_takes(subtask.name, options.modalities, offers)
             raise resolution.not_served()
         ordered = self._scheduler.order(
             resolution.candidates,
@@ -180,6 +187,11 @@ class Router:
             beginning.warm_tokens,
         )
         return self._allowed(ordered, request, caller)
+
+    def _is_served(self, name: str, options: ResolveOptions) -> bool:
+        """Whether somebody serves it to requests that are text alone."""
+        plain = replace(options, modalities=())
+        return bool(self._catalogue.resolve(name, plain).candidates)
 
     def _allowed(
         self, ordered: tuple[Choice, ...], request: Request, caller: Caller
@@ -301,7 +313,7 @@ class _Trial:
         self._deadline = deadline
         self._emit = emit
         self._silence = trio.CancelScope()
-        self._computing_s = 0.0  # silence that is no wonder
+        self._computing_s = self._looking_s = 0.0  # silence that is no wonder
         self.first_at_s: float | None = None  # when the first piece came
 
     async def run(self, request: Request) -> Done:
@@ -315,6 +327,7 @@ class _Trial:
             raise self._deadline.error()
         request = replace(request, deadline_s=self._deadline.at_s - now_s)
         self._computing_s = COMPUTING_STRETCH * computing_s(self._candidate.offer, request)
+        self._looking_s = LOOKING_S * min(_media_count(request), MEDIA_MAX)
         self._silence.deadline = now_s + self._first_piece_s
         with trio.move_on_at(self._deadline.at_s):
             with self._silence:
@@ -326,9 +339,10 @@ class _Trial:
 
     @property
     def _first_piece_s(self) -> float:
-        """How long it may be silent at first: longer when it must load its model before it can begin."""
+        """How long it may be silent at first: longer when it must load its model before it can begin, or look."""
         load_s = min(loading_s(self._candidate.offer), LOADING_MAX_S)
-        return self._router.config.first_piece_s + LOADING_STRETCH * load_s + self._computing_s
+        first_s = self._router.config.first_piece_s + self._looking_s
+        return first_s + LOADING_STRETCH * load_s + self._computing_s
 
     @property
     def _between_pieces_s(self) -> float:
@@ -398,8 +412,15 @@ def computing_s(offer: Offer, request: Request) -> float:
     )
 
 
+def _media_count(request: Request) -> int:
+    return sum(1 for _ in media_parts(request.body.get("messages")))
+
+
 def demand_of(request: Request) -> Demand:
-    """What a request is expected to take: its prompt's length by characters, and the asked maximum."""
+    """What a request is expected to take: its prompt's length by characters, and the asked maximum.
+
+    An image or a sound counts as `TOKENS_PER_MEDIUM`, however many characters stand for it.
+    """
     prompt = 1 + _text_length(request.body) // CHARS_PER_TOKEN
     if request.operation in VECTOR_OPERATIONS:
         documents, query = request.body.get("documents"), request.body.get("query")
@@ -415,6 +436,8 @@ def _text_length(value: Value) -> int:
     match value:
         case str():
             return len(value)
+        case Mapping() if is_medium(value):
+            return TOKENS_PER_MEDIUM * CHARS_PER_TOKEN
         case Mapping():
             return sum(_text_length(each) for each in value.values())
         case list() | tuple():
