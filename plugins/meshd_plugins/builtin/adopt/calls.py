@@ -1,7 +1,8 @@
 """From a request to what a server is asked: path and body. Pure.
 
 Parameters go on under OpenAI's names, as the edge has checked them; only what a kind of server calls otherwise
-is renamed. Completions of Ollama go over its own API: its OpenAI endpoint would put the prompt into the model's
+is renamed. Images and sound go on as they came, once they are known to be that: a server might fetch what an
+address names, which this mesh never does. Completions of Ollama go over its own API: its OpenAI endpoint would put the prompt into the model's
 chat template, and its own says how long it took.
 """
 
@@ -14,6 +15,7 @@ from typing import Final, TypeGuard
 
 from meshd_plugins.api import BadRequest, Operation, Refused, Value
 from meshd_plugins.builtin.adopt.config import Kind
+from meshd_plugins.media import MEDIA_MAX, MEDIA_TYPES, Modality, check_medium, is_medium
 
 PARAMETERS: Final = (
     "frequency_penalty",
@@ -39,6 +41,8 @@ CHAT_PARAMETERS: Final = (
     "tool_choice",
     "tools",
 )
+TEXT_ONLY: Final = (Modality.TEXT,)
+_TEXT_PARTS: Final = ("text", "refusal")
 _OLLAMA_OPTIONS: Final[Mapping[str, str]] = {
     "frequency_penalty": "frequency_penalty",
     "max_tokens": "num_predict",
@@ -72,13 +76,32 @@ class Call:
     is_native: bool = False  # Ollama's own API, which answers in lines of JSON
 
 
-def call_of(kind: Kind, model: str, operation: Operation, body: Mapping[str, Value]) -> Call:
-    """Put a chat or a completion into a server's words. Raises BadRequest; Refused: it cannot."""
+def call_of(
+    kind: Kind,
+    model: str,
+    operation: Operation,
+    body: Mapping[str, Value],
+    modalities: Sequence[str] = TEXT_ONLY,
+) -> Call:
+    """Put a chat or a completion into a server's words.
+
+    Args:
+        kind: of the server.
+        model: as the server calls it.
+        operation: CHAT or COMPLETE.
+        body: as the client or the peer sent it.
+        modalities: what the model takes in.
+
+    Raises:
+        BadRequest: what is wrong with it; `unsupported_modality`.
+        Refused: the server cannot do it.
+    """
     match operation:
         case Operation.CHAT:
             messages = body.get("messages")
             if not _is_list(messages) or not messages:
                 raise BadRequest("messages must be a list that is not empty")
+            _check_parts(messages, modalities)
             asked = {"messages": messages, **_parameters(kind, body, PARAMETERS + CHAT_PARAMETERS)}
             return _streamed("/v1/chat/completions", model, asked)
         case Operation.COMPLETE:
@@ -91,6 +114,28 @@ def call_of(kind: Kind, model: str, operation: Operation, body: Mapping[str, Val
             return _streamed("/v1/completions", model, asked)
         case _:
             raise Refused(f"{model} cannot {operation}", code="unsupported")
+
+
+def _check_parts(messages: Sequence[Value], modalities: Sequence[str]) -> None:
+    """Raises BadRequest: a message holds what is neither text nor a medium that the model takes in."""
+    count = 0
+    for number, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for index, part in enumerate(content if _is_list(content) else ()):
+            where = f"messages[{number}].content[{index}]"
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind in _TEXT_PARTS:
+                continue
+            if not isinstance(part, Mapping) or not is_medium(part):
+                told = "a part is text, image_url or input_audio"
+                raise BadRequest(f"{where}: {told}", code="unsupported_modality")
+            if MEDIA_TYPES[str(kind)] not in modalities:
+                told = f"this model reads {' and '.join(modalities)} only"
+                raise BadRequest(f"{where}: {told}", code="unsupported_modality")
+            count += 1
+            if count > MEDIA_MAX:
+                raise BadRequest(f"{where}: more than {MEDIA_MAX} images and sounds")
+            check_medium(part, where)
 
 
 def _parameters(kind: Kind, body: Mapping[str, Value], names: Sequence[str]) -> dict[str, Value]:

@@ -24,7 +24,7 @@ from meshd_plugins.api import (
     Request,
 )
 from meshd_plugins.builtin.adopt.answers import Answer, answer_to
-from meshd_plugins.builtin.adopt.calls import call_of
+from meshd_plugins.builtin.adopt.calls import TEXT_ONLY, call_of
 from meshd_plugins.builtin.adopt.client import Response, within
 from meshd_plugins.builtin.adopt.config import ServerConfig
 from meshd_plugins.builtin.adopt.embeddings import embed
@@ -61,7 +61,9 @@ class AdoptedCapability:
                 yield rows
             yield done
             return
-        call = call_of(served.kind, served.model, request.operation, request.body)
+        model = self._descriptor.model
+        modalities = model.modalities if model is not None else TEXT_ONLY
+        call = call_of(served.kind, served.model, request.operation, request.body, modalities)
         answer = answer_to(call, request.operation)
         with served.traffic.one():
             stopwatch = _Stopwatch(served)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,8 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from meshd_plugins.api import PluginConfigError, Privacy, Value
+from meshd_plugins.media import Modality
+from meshd_plugins.tables import read_boolean, read_integer, read_number, reject_unknown
 
 SERVERS_MAX: Final = 16
 SLOTS_MAX: Final = 256
@@ -73,6 +74,9 @@ class ServerConfig:
     """Patterns of models, each with what they are announced as. The first that matches counts; a model that none
     matches is knowledge.gpt/general, or computation.gpt/embed where it embeds."""
     models: tuple[str, ...] = ("*",)  # patterns of what is adopted
+    modalities: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Patterns of models, each with what they take in beside text. The first that matches counts; a model that
+    none matches takes in what its server says."""
     api_key_file: str = ""  # its first line goes into the Authorization header
     ca_file: str = ""  # PEM, for https; "": the system's authorities
     slots: int = 0  # requests of one model at once; 0: as the server says, or by its kind
@@ -101,6 +105,13 @@ class ServerConfig:
                 return names
         return (default,)
 
+    def modalities_of(self, model: str, told: tuple[str, ...]) -> tuple[str, ...]:
+        """What a model takes in; `told` by its server."""
+        for pattern, modalities in self.modalities:
+            if fnmatchcase(model, pattern):
+                return (Modality.TEXT, *modalities)
+        return told
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -124,7 +135,7 @@ class Settings:
 
 def read_settings(table: Mapping[str, Value]) -> Settings:
     """Check the table; none configured is no error. Raises PluginConfigError."""
-    _reject_unknown(table, ("servers", "probe", "ports"), "plugins.adopt")
+    reject_unknown(table, ("servers", "probe", "ports"), "plugins.adopt")
     servers = table.get("servers", ())
     if (
         not isinstance(servers, Sequence)
@@ -142,7 +153,9 @@ def read_settings(table: Mapping[str, Value]) -> Settings:
     twice = [url for url in seen if seen.count(url) > 1]
     if twice:
         raise PluginConfigError(f"plugins.adopt.servers names {twice[0]} twice: once is enough")
-    return Settings(read, _boolean(table, "probe", "plugins.adopt", default=True), _ports(table))
+    return Settings(
+        read, read_boolean(table, "probe", "plugins.adopt", default=True), _ports(table)
+    )
 
 
 def read_address(url: Value, where: str) -> Address:
@@ -168,7 +181,7 @@ def read_address(url: Value, where: str) -> Address:
 def _read_server(entry: Value, where: str) -> ServerConfig:
     if not isinstance(entry, Mapping):
         raise PluginConfigError(f'{where} must be a table like {{url = "http://127.0.0.1:11434"}}')
-    _reject_unknown(entry, tuple(field.name for field in fields(ServerConfig)), where)
+    reject_unknown(entry, tuple(field.name for field in fields(ServerConfig)), where)
     kinds = [str(kind) for kind in Kind]
     kind = entry.get("kind", "auto")
     if kind not in kinds:
@@ -182,12 +195,13 @@ def _read_server(entry: Value, where: str) -> ServerConfig:
         kind=Kind(str(kind)),
         names=_names(entry.get("names", {}), f"{where}.names"),
         models=_texts(entry.get("models", ["*"]), f"{where}.models"),
+        modalities=_modalities(entry.get("modalities", {}), f"{where}.modalities"),
         api_key_file=_path(entry, "api_key_file", where),
         ca_file=_path(entry, "ca_file", where),
         slots=int(_number(entry, "slots", where, 0, SLOTS_MAX)),
         context=int(_number(entry, "context", where, 0, 2**31)),
         privacy=None if privacy is None else Privacy[str(privacy).upper()],
-        measure=_boolean(entry, "measure", where, default=True),
+        measure=read_boolean(entry, "measure", where, default=True),
         poll_s=_number(entry, "poll_s", where, 0.05, 3600),
         first_token_s=_number(entry, "first_token_s", where, 0.05, 3600),
         between_tokens_s=_number(entry, "between_tokens_s", where, 0.05, 3600),
@@ -211,6 +225,21 @@ def _names(value: Value, where: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     return tuple(found)
 
 
+def _modalities(value: Value, where: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    if not isinstance(value, Mapping):
+        raise PluginConfigError(f'{where} must be a table like {{ "*-vl-*" = ["image"] }}')
+    known = (Modality.IMAGE, Modality.AUDIO)
+    found: list[tuple[str, tuple[str, ...]]] = []
+    for pattern, modalities in value.items():
+        listed = modalities if isinstance(modalities, list | tuple) else None
+        if listed is None or not all(each in known for each in listed):
+            raise PluginConfigError(
+                f"{where}.{pattern} is {modalities!r}: give a list of {' and '.join(known)}, or an empty one"
+            )
+        found.append((pattern, tuple(each for each in known if each in listed)))
+    return tuple(found)
+
+
 def _texts(value: Value, where: str) -> tuple[str, ...]:
     texts = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
     if not texts or not all(isinstance(text, str) and text for text in texts):
@@ -227,23 +256,10 @@ def _path(entry: Mapping[str, Value], name: str, where: str) -> str:
 
 def _number(entry: Mapping[str, Value], name: str, where: str, least: float, most: float) -> float:
     default = {field.name: field.default for field in fields(ServerConfig)}[name]
-    value = entry.get(name, default)
-    whole = isinstance(default, int)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int if whole else int | float)
-        or not least <= value <= most
-    ):
-        kind = "an integer" if whole else "a number"
-        raise PluginConfigError(f"{where}.{name} is {value!r}: {kind} from {least:g} to {most:g}")
-    return float(value)
-
-
-def _boolean(table: Mapping[str, Value], name: str, where: str, *, default: bool) -> bool:
-    value = table.get(name, default)
-    if not isinstance(value, bool):
-        raise PluginConfigError(f"{where}.{name} is {value!r}: true or false")
-    return value
+    if isinstance(default, int):
+        return read_integer(entry, name, where, int(least), int(most), default=default)
+    assert isinstance(default, float), "every field that is read so has one"
+    return read_number(entry, name, where, least, most, default=default)
 
 
 def _ports(table: Mapping[str, Value]) -> tuple[int, ...]:
@@ -255,13 +271,3 @@ def _ports(table: Mapping[str, Value]) -> tuple[int, ...]:
             f"plugins.adopt.ports is {value!r}: give a list of 1 to {SERVERS_MAX} ports"
         )
     return tuple(dict.fromkeys(found))
-
-
-def _reject_unknown(table: Mapping[str, Value], known: Sequence[str], where: str) -> None:
-    for key in table:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = (
-                f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(known)}"
-            )
-            raise PluginConfigError(f"{where} has the unknown key {key!r}{hint}")

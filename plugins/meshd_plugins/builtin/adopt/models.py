@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from meshd_plugins.api import Descriptor, ModelFacts, Operation, Rates, Value
@@ -79,6 +79,7 @@ def describe(
     model: ServedModel, kind: Kind, config: ServerConfig, slots: int, rates: Rates | None
 ) -> tuple[Descriptor, ...]:
     """Return what is announced: a descriptor a name."""
+    model = replace(model, modalities=config.modalities_of(model.id, model.modalities))
     facts = facts_of(model, kind)
     generating = tuple(
         operation
