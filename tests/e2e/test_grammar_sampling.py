@@ -13,8 +13,17 @@ from tests.unit.support_validator import problems
 
 from meshd_plugins.builtin.llama.config import locate_model
 from meshd_plugins.builtin.llama.engine.jobs import Row
+from meshd_plugins.builtin.llama.prompt.answers import AnswerReader
 from meshd_plugins.builtin.llama.prompt.constraint import Constraint, Gate, Reasoning
-from meshd_plugins.builtin.llama.prompt.schemas import schema_grammar
+from meshd_plugins.builtin.llama.prompt.schemas import SchemaCompiler, schema_grammar
+from meshd_plugins.builtin.llama.prompt.terminals import FORMATS
+from meshd_plugins.builtin.llama.prompt.tools import (
+    Tool,
+    ToolFormat,
+    ToolSyntax,
+    call_rules,
+    calls_expression,
+)
 from meshd_plugins.builtin.llama.sampling import Sampling
 
 pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
@@ -69,6 +78,10 @@ SCHEMAS: list[dict[str, Any]] = [
     {"anyOf": [{"type": "string", "format": "uuid"}, {"type": "string", "format": "date-time"}]},
     {"type": "object", "properties": {"p": {"type": "number", "minimum": 0, "maximum": 1}}, "required": ["p"]},
     {"type": "string", "pattern": "^[A-Z][a-z]{2,5} \\d{4}$"},
+    {"type": "array", "items": {"enum": ["a", "b", "c"]}, "uniqueItems": True, "minItems": 3},
+    {"type": "array", "items": {"type": "integer", "multipleOf": 7, "minimum": 3, "not": {"const": 14}}, "minItems": 2, "maxItems": 2},
+    {"type": "number", "exclusiveMinimum": 0.25, "maximum": 0.7, "multipleOf": 0.01},
+    {"type": "string", "format": "ipv6"},
 ]  # fmt: skip
 
 
@@ -78,6 +91,45 @@ def test_a_wild_model_writes_what_fits(model: Model, schema: dict[str, Any]) -> 
     text, ended = model.answer("As JSON:", replace(WILD, constraint=constraint))
     assert ended
     assert problems(json.loads(text), schema) == []
+
+
+PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 9},
+        "unit": {"enum": ["C", "F", None]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 20},
+    },
+    "required": ["city", "unit", "days"],
+}
+
+
+@pytest.mark.parametrize("form", list(ToolFormat))
+def test_a_wild_model_calls_in_every_way_of_writing_it(model: Model, form: ToolFormat) -> None:
+    compiler = SchemaCompiler()
+    call, kinds = call_rules(compiler, form, [Tool("f", "", PARAMETERS)], ["s"])
+    grammar = compiler.grammar(calls_expression(compiler, form, call, parallel=False, marked=True))
+    text, ended = model.answer("", replace(WILD, max_tokens=160, constraint=Constraint(grammar)))
+    assert ended, text
+    reader = AnswerReader(None, ToolSyntax(form, frozenset({"f"}), kinds), lambda: "x")
+    told = [*reader.feed(text).tool_calls, *reader.finish().tool_calls]
+    assert reader.called
+    arguments = "".join(each.arguments for each in told)
+    assert problems(json.loads(arguments), PARAMETERS) == []
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_llama_cpp_reads_the_grammar_of_every_format(model: Model, name: str) -> None:
+    schema = {"type": "string", "format": name}
+    model.backend.samplers.check(Constraint(schema_grammar(schema, "s")))
+
+
+def test_llama_cpp_reads_grammars_of_bare_strings_and_multiples(model: Model) -> None:
+    free = {"a": {"type": "string"}, "b": {"type": ["string", "null"]}, "c": {"multipleOf": 12}}
+    schema = {"type": "object", "properties": free, "additionalProperties": {"type": "string"}}
+    compiler = SchemaCompiler()
+    call, _ = call_rules(compiler, ToolFormat.FUNCTION_TAGS, [Tool("f", "", schema)], ["s"])
+    model.backend.samplers.check(Constraint(compiler.grammar(call)))
 
 
 def test_a_grammar_begins_behind_its_marker_and_also_within_a_token(model: Model) -> None:

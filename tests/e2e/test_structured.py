@@ -48,6 +48,8 @@ TOOLS: list[Any] = [
     },
     {"type": "function", "function": {"name": "get_time", "description": "The time of day"}},
 ]
+PIXEL = "data:image/png;base64,iVBORw0KGgo="  # a signature is all that is looked at before a model
+IMAGE: dict[str, Any] = {"type": "image_url", "image_url": {"url": PIXEL}}
 ANNA: list[Any] = [{"role": "user", "content": "Describe Anna, 30, as JSON."}]
 PARIS: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
 WILD: dict[str, Any] = {"temperature": 1.8, "top_p": 1, "extra_body": {"top_k": 0, "min_p": 0}}
@@ -90,6 +92,25 @@ def test_an_answer_is_json_that_fits_its_schema_also_when_the_model_is_wild(clie
         choice = answer.choices[0]
         assert choice.finish_reason == "stop"
         assert problems(json.loads(choice.message.content or ""), PERSON) == []
+
+
+def test_an_answer_names_the_keywords_that_it_is_not_held_to(client: OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "string", "maxLength": 5, "format": "regex"}},
+        "required": ["a"],
+    }
+    loose: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asked: dict[str, Any] = {"model": NAME, "messages": ANNA, "max_tokens": 40}
+    place = "response_format.json_schema.schema.properties.a.format"
+    whole = client.chat.completions.create(**asked, response_format=loose)
+    last = list(client.chat.completions.create(**asked, response_format=loose, stream=True))[-1]
+    for answer in (whole, last):
+        extension: Any = answer.model_extra or {}
+        assert extension["meshd"]["parts"][0]["detail"]["unenforced"] == [place]
+    held = client.chat.completions.create(**asked, response_format=form(WEATHER))
+    extension = held.model_extra or {}
+    assert "unenforced" not in extension["meshd"]["parts"][0]["detail"]
 
 
 def test_a_stream_says_the_same_as_the_whole(client: OpenAI) -> None:
@@ -218,8 +239,8 @@ def test_probabilities_are_those_of_the_tokens(client: OpenAI) -> None:
     ("fields", "where", "code"),
     [
         (
-            {"response_format": form({"type": "object", "properties": {"a": {"not": {}}}})},
-            "response_format.json_schema.schema.properties.a.not",
+            {"response_format": form({"type": "object", "properties": {"a": {"if": {}}}})},
+            "response_format.json_schema.schema.properties.a.if",
             "unsupported_schema",
         ),
         (
@@ -229,14 +250,12 @@ def test_probabilities_are_those_of_the_tokens(client: OpenAI) -> None:
                         "type": "function",
                         "function": {
                             "name": "f",
-                            "parameters": {
-                                "properties": {"a": {"type": "array", "uniqueItems": True}}
-                            },
+                            "parameters": {"properties": {"a": {"type": "list"}}},
                         },
                     }
                 ]
             },
-            "tools[0].function.parameters.properties.a.uniqueItems",
+            "tools[0].function.parameters.properties.a.type",
             "unsupported_schema",
         ),
         ({"extra_body": {"grammar": "root = 5"}}, "line 1", "unsupported_grammar"),
@@ -252,8 +271,8 @@ def test_probabilities_are_those_of_the_tokens(client: OpenAI) -> None:
             "unsupported_schema",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            "messages[0].content[0]",
+            {"messages": [{"role": "user", "content": [IMAGE]}]},
+            "takes in images",
             "unsupported_modality",
         ),
     ],

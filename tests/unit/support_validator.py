@@ -10,10 +10,23 @@ import json
 import re
 import uuid
 from collections.abc import Callable
-from ipaddress import IPv4Address
+from fractions import Fraction
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any
+from urllib.parse import urlsplit
 
-IGNORED = {"$defs", "definitions", "title", "description", "default", "$schema"}
+IGNORED = {
+    "$defs",
+    "definitions",
+    "title",
+    "description",
+    "default",
+    "$schema",
+    "contentEncoding",
+    "then",
+    "else",
+    "minContains",
+}
 
 
 def problems(value: Any, schema: Any, root: Any = None) -> list[str]:
@@ -94,24 +107,93 @@ def _additional(value: Any, wanted: Any, schema: Any, root: Any) -> bool:
 def _items(value: Any, wanted: Any, schema: Any, root: Any) -> bool:
     if not isinstance(value, list):
         return True
+    if isinstance(wanted, list):  # as older schemas have it
+        more = schema.get("additionalItems", True)
+        parts = [*wanted, *[more] * max(0, len(value) - len(wanted))]
+        return all(_fits(each, part, root) for each, part in zip(value, parts, strict=False))
     return all(_fits(each, wanted, root) for each in value[len(schema.get("prefixItems", [])) :])
+
+
+def _contains(value: Any, wanted: Any, schema: Any, root: Any) -> bool:
+    if not isinstance(value, list):
+        return True
+    return sum(_fits(each, wanted, root) for each in value) >= int(schema.get("minContains", 1))
+
+
+def _names(value: Any, wanted: Any, _schema: Any, root: Any) -> bool:
+    return not isinstance(value, dict) or all(_fits(name, wanted, root) for name in value)
+
+
+def _patterned(value: Any, wanted: Any, _schema: Any, root: Any) -> bool:
+    return not isinstance(value, dict) or all(
+        _fits(each, part, root)
+        for name, each in value.items()
+        for pattern, part in wanted.items()
+        if re.search(pattern, name)
+    )
+
+
+def _if(value: Any, wanted: Any, schema: Any, root: Any) -> bool:
+    branch = "then" if _fits(value, wanted, root) else "else"
+    return _fits(value, schema.get(branch, True), root)
+
+
+def _unique(values: list[Any]) -> bool:
+    return not any(equal(one, other) for n, one in enumerate(values) for other in values[:n])
 
 
 def _format(value: Any, wanted: str, _schema: Any, _root: Any) -> bool:
     if not isinstance(value, str):
         return True
-    readers: dict[str, Callable[[str], object]] = {
-        "date": datetime.date.fromisoformat,
-        "time": datetime.time.fromisoformat,
-        "date-time": datetime.datetime.fromisoformat,
-        "uuid": uuid.UUID,
-        "ipv4": IPv4Address,
-    }
     try:
-        readers[wanted](value)
+        return bool(_READERS[wanted](value))
     except ValueError:
         return False
-    return True
+
+
+def _fullmatch(pattern: str) -> Callable[[str], object]:
+    return lambda value: re.fullmatch(pattern, value)
+
+
+def _uuid(version: int) -> Callable[[str], object]:
+    return lambda value: uuid.UUID(value).version == version
+
+
+def _uri(value: str) -> bool:
+    """By the characters of RFC 3986, and as the standard library takes it apart."""
+    if not re.fullmatch(
+        r"[a-zA-Z][a-zA-Z0-9+.-]*:([\w.~:/?#@!$&'()*+,;=-]|%[0-9a-fA-F]{2})*", value
+    ):
+        return False
+    found = urlsplit(value)
+    return value.count("#") <= 1 and (found.port is None or found.port >= 0)
+
+
+_HOST = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*"
+_TIME = r"(T(?=\d)(\d+H)?(\d+M)?(\d+S)?)?"
+_DURATION = rf"P(\d+W|(?=[\dT])(\d+Y)?(\d+M)?(\d+D)?{_TIME})"
+_READERS: dict[str, Callable[[str], object]] = {
+    "date": datetime.date.fromisoformat,
+    # "Falsy" times are those without an offset.
+    "time": lambda value: datetime.time.fromisoformat(value).tzinfo,
+    "date-time": lambda value: datetime.datetime.fromisoformat(value).tzinfo,
+    "duration": _fullmatch(_DURATION),
+    "uuid": uuid.UUID,
+    **{f"uuid{version}": _uuid(version) for version in range(1, 9)},
+    "ipv4": IPv4Address,
+    "ipv6": lambda value: [IPv6Address(value)],
+    "hostname": _fullmatch(_HOST),
+    "idn-hostname": _fullmatch(_HOST),
+    "email": _fullmatch(rf"[a-z0-9._+-]+@{_HOST}"),
+    "idn-email": _fullmatch(rf"[a-z0-9._+-]+@{_HOST}"),
+    "uri": _uri,
+    "url": _uri,
+    "iri": _uri,
+    "uri-reference": lambda value: _uri(value if ":" in value.split("/")[0] else f"a:{value}"),
+    "iri-reference": lambda value: _uri(value if ":" in value.split("/")[0] else f"a:{value}"),
+    "json-pointer": lambda value: value == "" or re.fullmatch(r"(/([^~/]|~[01])*)*", value),
+    "password": lambda value: True,
+}
 
 
 def _when(kind: Any, test: Callable[[Any, Any], bool]) -> Callable[[Any, Any, Any, Any], bool]:
@@ -154,5 +236,20 @@ _KEYWORDS: dict[str, Callable[[Any, Any, Any, Any], bool]] = {
     "maximum": _when(float, lambda value, wanted: value <= wanted),
     "exclusiveMinimum": _when(float, lambda value, wanted: value > wanted),
     "exclusiveMaximum": _when(float, lambda value, wanted: value < wanted),
-    "multipleOf": _when(float, lambda value, wanted: value % wanted == 0),
+    "multipleOf": _when(
+        float, lambda value, wanted: Fraction(str(value)) % Fraction(str(wanted)) == 0
+    ),
+    "not": lambda value, wanted, _s, root: not _fits(value, wanted, root),
+    "uniqueItems": _when(list, lambda value, wanted: not wanted or _unique(value)),
+    "additionalItems": lambda *_: True,  # looked at with items
+    "contains": _contains,
+    "propertyNames": _names,
+    "patternProperties": _patterned,
+    "dependentRequired": _when(
+        dict,
+        lambda value, wanted: all(
+            each in value for name, others in wanted.items() if name in value for each in others
+        ),
+    ),
+    "if": _if,
 }

@@ -12,7 +12,6 @@ from tests.unit.support_validator import problems
 from tests.unit.support_walker import Walker
 
 from meshd_plugins.api import BadRequest, Operation, Value
-from meshd_plugins.builtin.llama.prompt.answers import AnswerReader
 from meshd_plugins.builtin.llama.prompt.constraint import Gate, Reasoning, Verdict
 from meshd_plugins.builtin.llama.prompt.conversation import (
     Conversations,
@@ -23,7 +22,14 @@ from meshd_plugins.builtin.llama.prompt.gbnf import parse
 from meshd_plugins.builtin.llama.prompt.gbnf_check import check
 from meshd_plugins.builtin.llama.prompt.special import CUT, MessageCutter
 from meshd_plugins.builtin.llama.prompt.template import ChatTemplate
-from meshd_plugins.builtin.llama.prompt.tools import ToolFormat, ToolSyntax, call_gate, find_format
+from meshd_plugins.builtin.llama.prompt.tools import (
+    DEEPSEEK_CALL,
+    DEEPSEEK_SEPARATOR,
+    ToolFormat,
+    ToolSyntax,
+    call_gate,
+    find_format,
+)
 from meshd_plugins.builtin.llama.serving.requests import worker_message
 
 PLAIN = (
@@ -37,6 +43,11 @@ TEMPLATES = {
     ToolFormat.MISTRAL: f"{TOLD}{PLAIN}{{# [TOOL_CALLS] #}}",
     ToolFormat.MISTRAL_ARGS: f"{TOLD}{PLAIN}{{# [TOOL_CALLS]x[ARGS] #}}",
     ToolFormat.LLAMA3: f"{TOLD}{PLAIN}{{# <|python_tag|> #}}",
+    ToolFormat.FUNCTION_TAGS: f"{TOLD}{PLAIN}{{# <tool_call><function=f><parameter=p></function> #}}",
+    ToolFormat.ARGUMENT_TAGS: f"{TOLD}{PLAIN}{{# <tool_call>f<arg_key>k</arg_key><arg_value> #}}",
+    ToolFormat.INVOKE_TAGS: f'{TOLD}{PLAIN}{{# <minimax:tool_call><invoke name="f"><parameter name="p"> #}}',
+    ToolFormat.DEEPSEEK: f"{TOLD}{PLAIN}{{# {DEEPSEEK_CALL}f{DEEPSEEK_SEPARATOR} #}}",
+    ToolFormat.DEEPSEEK_FENCED: f"{TOLD}{PLAIN}{{# {DEEPSEEK_CALL}f{DEEPSEEK_SEPARATOR}g ```json #}}",
 }
 THINKING = (
     PLAIN
@@ -65,7 +76,7 @@ def prepare(template: str = PLAIN, **body: Any) -> Prepared:
 
 
 def prompt(prepared: Prepared) -> str:
-    return "".join(prepared.pieces)
+    return "".join(map(str, prepared.parts))
 
 
 @pytest.mark.parametrize("form", list(ToolFormat))
@@ -74,22 +85,22 @@ def test_calls_of_every_kind_are_held_to_their_schemas_and_read_back(
     form: ToolFormat, choice: str
 ) -> None:
     named = {"type": "function", "function": {"name": choice}}
-    prepared = prepare(
-        TEMPLATES[form], tools=TOOLS, tool_choice=choice if choice != "now" else named
-    )
+    model = conversations(TEMPLATES[form])
+    body: dict[str, Any] = {"tools": TOOLS, "tool_choice": choice if choice != "now" else named}
+    message = worker_message(Operation.CHAT, {"messages": HI, **body})
+    prepared = model.prepare(message)
     assert find_format(TEMPLATES[form]) == (form, True)
     assert "<|tools|>" in prompt(prepared)
     assert prepared.constraint is not None
     grammar = parse(prepared.constraint.grammar)
     check(grammar)
     gate = prepared.constraint.gate
-    marker = gate.markers[0] if gate.markers else ""
     assert gate.at_once == (choice != "auto")
     walker, chance = Walker(grammar), random.Random(1)
-    for _ in range(20):
-        reader = AnswerReader(
-            None, ToolSyntax(form, frozenset({"get_weather", "now"})), lambda: "x"
-        )
+    for number in range(20):
+        marker = gate.markers[number % len(gate.markers)] if gate.markers else ""
+        reader = model.prepare(message).reader
+        assert reader is not None
         calls: dict[int, tuple[str, str]] = {}
         parts = reader.feed(marker + walker.walk(chance))
         rest = reader.finish()
@@ -162,9 +173,10 @@ def test_nothing_in_a_tool_or_an_option_steers_the_model() -> None:
         },
     )
     found = conversations(template, (evil,)).prepare(message)
-    assert sum(piece.count(evil) for piece in found.pieces) == 1, "the template's own"
-    assert CUT not in "".join(found.pieces)
-    assert "".join(found.pieces).count(evil) == 4
+    texts = [str(part) for part in found.parts]
+    assert sum(piece.count(evil) for piece in texts) == 1, "the template's own"
+    assert CUT not in "".join(texts)
+    assert "".join(texts).count(evil) == 4
 
 
 def test_an_answer_may_be_a_call_or_what_fits_a_schema() -> None:
@@ -238,7 +250,7 @@ def test_a_model_without_a_template_completes_under_a_grammar_and_does_not_chat(
     model = conversations(None)
     message = worker_message(Operation.COMPLETE, {"prompt": "Hi", "grammar": 'root ::= "a"'})
     prepared = model.prepare(message)
-    assert (prepared.pieces, prepared.special, prepared.reader) == (["Hi"], False, None)
+    assert (prepared.parts, prepared.special, prepared.reader) == (["Hi"], False, None)
     assert prepared.constraint is not None
     with pytest.raises(RequestUnusable) as caught:
         model.prepare(worker_message(Operation.CHAT, {"messages": HI}))

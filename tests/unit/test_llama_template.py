@@ -24,6 +24,19 @@ def test_what_templates_of_the_field_use_is_there() -> None:
     assert render(source).startswith('{"role": "user", "content": "hi"}2')
 
 
+def test_what_marks_an_answer_for_training_is_passed_over() -> None:
+    marked = (
+        "{% for m in messages %}{% generation %}<{{ m.content }}>{% endgeneration %}{% endfor %}"
+    )
+    assert render(marked) == "<hi>"
+
+
+def test_what_a_filter_yields_is_a_list_in_json() -> None:
+    assert render("{{ messages | map(attribute='role') | tojson }}") == '["user"]'
+    with pytest.raises(TemplateError, match="no value of JSON"):
+        render("{{ cycler | tojson }}")
+
+
 def test_a_template_may_refuse_a_conversation() -> None:
     with pytest.raises(TemplateError, match="roles must alternate"):
         render("{{ raise_exception('roles must alternate') }}")

@@ -12,18 +12,23 @@ to be none only before its name was told. Pure.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, assert_never
 
 from meshd_plugins.api import ToolCallDelta
 from meshd_plugins.builtin.llama.prompt.constraint import Reasoning
+from meshd_plugins.builtin.llama.prompt.headers import HEADERS, Header, Reading, read_header
+from meshd_plugins.builtin.llama.prompt.markup_reader import MarkupReader, Progress
 from meshd_plugins.builtin.llama.prompt.schema_merge import as_map
 from meshd_plugins.builtin.llama.prompt.tools import (
-    ARGUMENTS_MARKER,
     CALL_ENDS,
+    DEEPSEEK_CALL,
+    DEEPSEEK_CALL_ENDS,
+    DEEPSEEK_CALLS_END,
+    INVOKES_END,
+    MARKUPS,
     ToolFormat,
     ToolSyntax,
 )
@@ -31,17 +36,6 @@ from meshd_plugins.builtin.llama.prompt.tools import (
 HEADER_MAX: Final = 4 * 1024  # characters up to a call's arguments
 HELD_MAX: Final = 64 * 1024  # of a call that is read when it is complete
 CALLS_MAX: Final = 128
-
-_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_HEADER: Final[tuple[re.Pattern[str] | tuple[str, ...], ...]] = (
-    re.compile(r"\s*\{\s*"),
-    ('"name"',),
-    re.compile(r"\s*:\s*"),
-    re.compile(r'"[^"\\]*"'),
-    re.compile(r"\s*,\s*"),
-    ('"arguments"', '"parameters"'),
-    re.compile(r"\s*:\s*"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +55,7 @@ class _State(Enum):
     OPEN = "open"  # behind a marker: a call is expected
     WHOLE = "whole"  # a call whose parts are in another order: read when it is complete
     ARGUMENTS = "arguments"
+    PARAMETERS = "parameters"  # those of a call that stand between tags
     CLOSE = "close"  # behind the arguments, before the call's brace
     BETWEEN = "between"  # behind a call
 
@@ -116,6 +111,7 @@ class AnswerReader:
         self._held: str = ""
         self._gap: str = ""  # what stood before the call that is being read, should it be none
         self._json = _Json()
+        self._markup: MarkupReader | None = None
         self._scanned = 0  # of what is held, by it
         self._calls = 0
         self._undecided_tokens = 0
@@ -174,6 +170,8 @@ class AnswerReader:
                 return self._whole(final)
             case _State.ARGUMENTS:
                 return self._arguments()
+            case _State.PARAMETERS:
+                return self._parameters(final)
             case _State.CLOSE:
                 return self._close(final)
             case _State.BETWEEN:
@@ -279,43 +277,35 @@ class AnswerReader:
         begun = head.lstrip()
         if not begun:
             return self._none_after_all() if final else False
-        if self._tools.format in (ToolFormat.MISTRAL, ToolFormat.MISTRAL_ARGS):
-            if begun[0] == "[" and "[" not in self._gap.partition("]")[2]:
-                at = len(head) - len(begun) + 1
-                self._gap += self._held[:at]
-                self._held = self._held[at:]
-                return True
-            if begun[0] != "{":
-                return self._open_named(begun, final)
-        found = _read_header(head)
-        if isinstance(found, _Header) and found.name in self._tools.names:
+        form = self._tools.format
+        listed = form in (ToolFormat.MISTRAL, ToolFormat.MISTRAL_ARGS) and begun[0] == "["
+        if listed and "[" not in self._gap.partition("]")[2]:
+            at = len(head) - len(begun) + 1
+            self._gap += self._held[:at]
+            self._held = self._held[at:]
+            return True
+        found = read_header(head, HEADERS[form])
+        if isinstance(found, Header) and found.name in self._tools.names:
             self._begin_call(found.name, found.end)
             return True
-        if found is _Reading.MORE and not final:
+        if found is Reading.MORE and not final:
             return False
-        if found is _Reading.OTHER and begun[0] == "{":
+        if found is Reading.OTHER and begun[0] == "{" and form in _WHOLE:
             self._json, self._scanned = _Json(), 0
             self._state = _State.WHOLE
             return True
-        return self._none_after_all()
-
-    def _open_named(self, begun: str, final: bool) -> bool:
-        """Read `NAME[ARGS]{...}`."""
-        assert self._tools is not None
-        name = _NAME.match(begun)
-        rest = begun[name.end() :] if name else begun
-        if name and rest.startswith(f"{ARGUMENTS_MARKER}{{") and name[0] in self._tools.names:
-            blank = len(self._held) - len(self._held.lstrip())
-            self._begin_call(name[0], blank + name.end() + len(ARGUMENTS_MARKER))
-            return True
-        if name and not final and f"{ARGUMENTS_MARKER}{{".startswith(rest):
-            return False
         return self._none_after_all()
 
     def _begin_call(self, name: str, end: int) -> None:
         self._deltas.append(ToolCallDelta(self._calls, self._new_id(), name))
         self._gap = ""
         self._held = self._held[end:]
+        assert self._tools is not None
+        markup = MARKUPS.get(self._tools.format)
+        if markup is not None:
+            self._markup = MarkupReader(markup, self._tools.kinds.get(name, {}))
+            self._state = _State.PARAMETERS
+            return
         self._json = _Json()
         self._state = _State.ARGUMENTS
 
@@ -334,6 +324,25 @@ class AnswerReader:
         self._end_call()
         return True
 
+    def _parameters(self, final: bool) -> bool:
+        """A call that breaks off in the middle stays open: nobody may take it for the whole."""
+        assert self._markup is not None
+        held, self._held = self._held, ""
+        progress, told, self._held = self._markup.read(held, final=final)
+        if told:
+            self._deltas.append(ToolCallDelta(self._calls, arguments=told))
+        match progress:
+            case Progress.MORE:
+                return False
+            case Progress.DONE:
+                self._end_call()
+            case Progress.BROKEN:
+                self._calls += 1
+                self._state = _State.TEXT
+            case _:
+                assert_never(progress)
+        return True
+
     def _arguments(self) -> bool:
         end = self._json.end(self._held)
         text = self._held if end < 0 else self._held[:end]
@@ -344,10 +353,10 @@ class AnswerReader:
             return False
         assert self._tools is not None
         self._json, self._scanned = _Json(depth=1), 0
-        if self._tools.format is ToolFormat.MISTRAL_ARGS:
-            self._end_call()
-        else:
+        if self._tools.format in _WHOLE:
             self._state = _State.CLOSE
+        else:
+            self._end_call()
         return True
 
     def _close(self, final: bool) -> bool:
@@ -377,70 +386,43 @@ class AnswerReader:
     def _between(self, final: bool) -> bool:
         assert self._tools is not None
         begun = self._held.lstrip()
-        match self._tools.format:
-            case ToolFormat.HERMES:
-                if begun.startswith(CALL_ENDS):
-                    self._held = begun[len(CALL_ENDS) :]
-                    self._state = _State.TEXT
-                    return True
-                undecided = CALL_ENDS.startswith(begun)
-            case ToolFormat.MISTRAL | ToolFormat.LLAMA3:
-                separator = "," if self._tools.format is ToolFormat.MISTRAL else ";"
-                if begun.startswith(separator):
-                    self._gap, self._held = separator, begun[1:]
-                    self._state = _State.OPEN
-                    return True
-                if begun.startswith("]") and separator == ",":
-                    self._held = begun[1:]
-                    self._state = _State.TEXT
-                    return True
-                undecided = not begun
-            case ToolFormat.MISTRAL_ARGS:
-                undecided = False
-            case _:
-                assert_never(self._tools.format)
-        if undecided and not final:
+        following = _FOLLOWING[self._tools.format]
+        for text, state in following:
+            if begun.startswith(text):
+                self._gap, self._held = text, begun[len(text) :]
+                self._state = state
+                return True
+        if not final and any(text.startswith(begun) for text, _ in following):
             return False
         self._state = _State.TEXT
         return True
 
 
-class _Reading(Enum):
-    MORE = "more"  # it may still become one
-    OTHER = "other"  # it is none
+_FOLLOWING: Final[Mapping[ToolFormat, tuple[tuple[str, _State], ...]]] = {
+    ToolFormat.HERMES: ((CALL_ENDS, _State.TEXT),),
+    ToolFormat.MISTRAL: ((",", _State.OPEN), ("]", _State.TEXT)),
+    ToolFormat.MISTRAL_ARGS: (),
+    ToolFormat.LLAMA3: ((";", _State.OPEN),),
+    ToolFormat.FUNCTION_TAGS: ((CALL_ENDS, _State.TEXT),),
+    ToolFormat.ARGUMENT_TAGS: (),
+    ToolFormat.INVOKE_TAGS: (
+        (MARKUPS[ToolFormat.INVOKE_TAGS].call[0], _State.OPEN),
+        (INVOKES_END, _State.TEXT),
+    ),
+    **dict.fromkeys(
+        (ToolFormat.DEEPSEEK, ToolFormat.DEEPSEEK_FENCED),
+        (
+            ("```", _State.BETWEEN),
+            (DEEPSEEK_CALL_ENDS, _State.BETWEEN),
+            (DEEPSEEK_CALL, _State.OPEN),
+            (DEEPSEEK_CALLS_END, _State.TEXT),
+        ),
+    ),
+}
+"""What may stand behind a call, and what comes then."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Header:
-    """The beginning of a call, up to its arguments."""
-
-    name: str
-    end: int
-
-
-def _read_header(text: str) -> _Header | _Reading:
-    """Read `{"name": "NAME", "arguments": ` with an object behind it."""
-    at, name = 0, ""
-    for number, part in enumerate(_HEADER):
-        rest = text[at:]
-        if isinstance(part, re.Pattern):
-            found = part.match(rest)
-            if found is None:
-                # Each of these patterns fails on a text that may go on only where that is a piece of it.
-                incomplete = not rest.strip() or (number == 3 and re.fullmatch(r'"[^"\\]*', rest))
-                return _Reading.MORE if incomplete else _Reading.OTHER
-            if number == 3:
-                name = found[0][1:-1]
-            at += found.end()
-            continue
-        word = next((each for each in part if rest.startswith(each)), None)
-        if word is None:
-            cut = any(each.startswith(rest) for each in part)
-            return _Reading.MORE if cut else _Reading.OTHER
-        at += len(word)
-    if at == len(text):
-        return _Reading.MORE
-    return _Header(name, at) if text[at] == "{" else _Reading.OTHER
+_WHOLE: Final = (ToolFormat.HERMES, ToolFormat.MISTRAL, ToolFormat.LLAMA3)
+"""A call is one object of JSON, with the name in it."""
 
 
 def _parsed_call(text: str) -> tuple[str, str] | None:

@@ -190,15 +190,19 @@ def _most_ways(
     """
     most = 1
     steps = 0
+    explored: dict[frozenset[tuple[_Stack, int]], int] = {}  # with so many characters to follow
     for start, after in following.items():
         if sum(map(len, (classes[each] for each in after))) == len(
             frozenset[int]().union(*(classes[each] for each in after))
         ):
             continue  # no character fits two of them
         states = {frozenset({(start, 1)})}
-        for _ in range(TOKEN_CHARACTERS):
+        for left in range(TOKEN_CHARACTERS, 0, -1):
             reached: set[frozenset[tuple[_Stack, int]]] = set()
             for state in states:
+                if explored.get(state, 0) >= left:
+                    continue
+                explored[state] = left
                 for character in frozenset[int]().union(*(classes[stack] for stack, _ in state)):
                     counts: Counter[_Stack] = Counter()
                     for stack, ways in state:

@@ -1,4 +1,4 @@
-r"""Regular expressions of JSON schemas, as grammars of strings in JSON.
+r"""Regular expressions of JSON schemas, as grammars of strings in JSON, or of bare texts.
 
 The subset: characters, `.`, sets, `\d \w \s` and their opposites, groups, alternatives, `* + ? {m,n}`,
 and anchors at the ends. A text that fits as a whole also fits somewhere, so a pattern without anchors
@@ -50,6 +50,7 @@ _CLASSES: Final[dict[str, tuple[Range, ...]]] = {
 }
 _CONTROLS: Final = {"n": 0x0A, "r": 0x0D, "t": 0x09, "f": 0x0C, "v": 0x0B, "0": 0}
 _UNWRITTEN: Final = merged([(0, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0x7F, 0x7F), (0xD800, 0xDFFF)])
+NOT_BARE: Final = merged([(0, 8), (0xB, 0x1F), (0x3C, 0x3C), (0x7F, 0x7F), (0xD800, 0xDFFF)])
 _ESCAPED: Final = {0x22: '\\"', 0x5C: "\\\\", 0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t", 0x0C: "\\f"}
 
 
@@ -66,11 +67,16 @@ class Pattern:
     most: int | None  # None: no bound
 
 
-def read_pattern(text: str) -> Pattern:
-    """Turn a pattern into a grammar. Raises PatternError."""
+def read_pattern(text: str, *, bare: bool = False) -> Pattern:
+    """Turn a pattern into a grammar. Raises PatternError.
+
+    Args:
+        text: the pattern.
+        bare: of the characters themselves, none of which is `<`, rather than as JSON writes them.
+    """
     if len(text) > PATTERN_CHARACTERS_MAX:
         raise PatternError(f"it has {len(text)} characters; at most {PATTERN_CHARACTERS_MAX}")
-    reader = _Reader(text)
+    reader = _Reader(text, bare=bare)
     found = reader.alternatives(0)
     if reader.at < len(text):
         raise PatternError("')' without '('")
@@ -78,9 +84,10 @@ def read_pattern(text: str) -> Pattern:
 
 
 class _Reader:
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, bare: bool) -> None:
         self.text = text
         self.at = 0
+        self._of_set = _of_bare_set if bare else _of_set
 
     def _peek(self) -> str:
         return self.text[self.at : self.at + 1]
@@ -134,16 +141,16 @@ class _Reader:
         if character == "(":
             return self._group(depth)
         if character == "[":
-            return _of_set(self._set())
+            return self._of_set(self._set())
         if character == ".":
-            return _of_set(inverted(((0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029))))
+            return self._of_set(inverted(((0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029))))
         if character == "\\":
-            return _of_set(self._escape())
+            return self._of_set(self._escape())
         if character in "*+?{":
             raise PatternError(f"nothing stands before {character!r}")
         if character in "^$":
             raise PatternError(f"{character!r} is supported at the ends only")
-        return _of_set(((ord(character), ord(character)),))
+        return self._of_set(((ord(character), ord(character)),))
 
     def _group(self, depth: int) -> Pattern:
         if self._peek() == "?":
@@ -249,6 +256,14 @@ def _of_set(ranges: tuple[Range, ...]) -> Pattern:
         raise PatternError("a set of characters that no string can hold")
     expression = choices[0] if len(choices) == 1 else f"({' | '.join(choices)})"
     return Pattern(expression, 1, 1)
+
+
+def _of_bare_set(ranges: tuple[Range, ...]) -> Pattern:
+    """One character out of a set, as it is."""
+    plain = inverted(merged([*inverted(ranges), *NOT_BARE]))
+    if not plain:
+        raise PatternError("a set of characters that no text can hold")
+    return Pattern(f"[{''.join(_range(low, high) for low, high in plain)}]", 1, 1)
 
 
 def _range(low: int, high: int) -> str:

@@ -1,7 +1,7 @@
 """JSON Schemas put together: references followed, `allOf` merged, alternatives told apart. Pure.
 
 A schema is a map or a truth value, as JSON has them. What is merged fits exactly what fits all of its parts;
-where that cannot be said with the keywords that exist, `SchemaError` names the place.
+where that cannot be said with the keywords that exist, `unsupported` is told of the place.
 """
 
 from __future__ import annotations
@@ -30,6 +30,13 @@ ANNOTATIONS: Final = frozenset(
         "readOnly",
         "writeOnly",
         "discriminator",
+        "contentEncoding",
+        "contentMediaType",
+        "contentSchema",
+        "$vocabulary",
+        "$dynamicAnchor",
+        "externalDocs",
+        "xml",
     }
 )
 """Say nothing about what fits."""
@@ -55,6 +62,18 @@ class SchemaError(Exception):
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
         self.path = path
+
+
+class Impossible(Exception):
+    """Nothing fits the schema at this place."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+
+Unsupported: TypeAlias = Callable[[str, str], None]
+"""Told of the place of a keyword that cannot be honoured, and why: raises SchemaError, or makes a note."""
 
 
 class References:
@@ -137,10 +156,11 @@ def is_type(value: object, types: Iterable[str]) -> bool:
 
 def same(one: object, other: object) -> bool:
     """Whether two values of JSON are equal: true is not 1, but 1.0 is."""
-    return _canonical(one) == _canonical(other)
+    return canonical(one) == canonical(other)
 
 
-def _canonical(value: object) -> str:
+def canonical(value: object) -> str:
+    """A text that equal values share."""
     return json.dumps(_plain(value), sort_keys=True)
 
 
@@ -168,9 +188,12 @@ def values_of(schema: Mapping[str, Any], path: str) -> list[Any] | None:
 class Merger:
     """Merges schemas of one document; counts, so that a hostile one ends."""
 
-    def __init__(self, references: References, step: Callable[[str], None]) -> None:
+    def __init__(
+        self, references: References, step: Callable[[str], None], unsupported: Unsupported
+    ) -> None:
         self._references = references
         self._step = step  # raises SchemaError when there were too many
+        self._unsupported = unsupported
 
     def merge(self, one: Schema, other: Schema, path: str) -> Schema:
         """What fits both. Raises SchemaError."""
@@ -185,7 +208,7 @@ class Merger:
             return right or left or True
         merged: dict[str, Any] = {}
         for keyword in dict.fromkeys((*left, *right)):
-            if keyword in ("type", "enum", "const", "nullable", *_OBJECT):
+            if keyword in ("type", "enum", "const", "nullable", *_OBJECT, *_ARRAY):
                 continue
             if keyword in left and keyword in right:
                 merged[keyword] = self._both(keyword, left[keyword], right[keyword], path)
@@ -194,7 +217,8 @@ class Merger:
         types = _common_types(types_of(left, path), types_of(right, path))
         values, others = values_of(left, path), values_of(right, path)
         if values is not None and others is not None:
-            values = [value for value in values if any(same(value, each) for each in others)]
+            wanted = {canonical(each) for each in others}
+            values = [value for value in values if canonical(value) in wanted]
         elif values is None:
             values = others
         if values == [] or types == ():
@@ -204,12 +228,15 @@ class Merger:
         if values is not None:
             merged["enum"] = values
         merged.update(self._objects(left, right, path))
+        merged.update(self._arrays(left, right, path))
         return merged
 
     def flat(self, schema: Schema, path: str) -> Schema:
         """The schema without `$ref` and `allOf` at its top. Raises SchemaError."""
         if isinstance(schema, bool):
             return schema
+        if isinstance(schema.get("items"), list):
+            schema = _modern(schema)
         if "$ref" in schema:
             self._step(path)
             rest = {k: v for k, v in schema.items() if k != "$ref"}
@@ -234,10 +261,14 @@ class Merger:
             return max(one, other)
         if numeric and keyword in (*_UPPER, "exclusiveMaximum"):
             return min(one, other)
-        if keyword == "items":
-            here = f"{path}.items"
-            return self.merge(checked(one, here), checked(other, here), here)
-        raise SchemaError(f"{path}.{keyword}", "two different ones cannot be merged")
+        if numeric and keyword == "multipleOf" and isinstance(one, int) and isinstance(other, int):
+            return math.lcm(one, other)
+        if keyword == "uniqueItems":
+            return True in (one, other)
+        if keyword == "not":
+            return {"anyOf": [one, other]}
+        self._unsupported(f"{path}.{keyword}", "two different ones cannot be merged")
+        return one
 
     def _objects(
         self, one: Mapping[str, Any], other: Mapping[str, Any], path: str
@@ -252,7 +283,9 @@ class Merger:
         if properties or others:
             merged["properties"] = {
                 name: self.merge(
-                    properties.get(name, more), others.get(name, others_more), f"{path}.{name}"
+                    properties.get(name, more),
+                    others.get(name, others_more),
+                    f"{path}.properties.{name}",
                 )
                 for name in dict.fromkeys((*properties, *others))
             }
@@ -263,6 +296,27 @@ class Merger:
             merged["required"] = list(required)
         return merged
 
+    def _arrays(
+        self, one: Mapping[str, Any], other: Mapping[str, Any], path: str
+    ) -> dict[str, Any]:
+        """The keywords about items: what one side says of all others may be about the other's first ones."""
+        merged: dict[str, Any] = {}
+        first, others_first = prefix_of(one, path), prefix_of(other, path)
+        rest = checked(one.get("items", True), f"{path}.items")
+        others_rest = checked(other.get("items", True), f"{path}.items")
+        if first or others_first:
+            merged["prefixItems"] = [
+                self.merge(
+                    first[number] if number < len(first) else rest,
+                    others_first[number] if number < len(others_first) else others_rest,
+                    f"{path}.prefixItems[{number}]",
+                )
+                for number in range(max(len(first), len(others_first)))
+            ]
+        if "items" in one or "items" in other:
+            merged["items"] = self.merge(rest, others_rest, f"{path}.items")
+        return merged
+
     def disjoint(self, one: Schema, other: Schema, path: str) -> bool:
         """Whether it is plain that nothing fits both."""
         one, other = self.flat(one, path), self.flat(other, path)
@@ -271,7 +325,7 @@ class Merger:
         values, others = values_of(one, path), values_of(other, path)
         types, others_types = types_of(one, path), types_of(other, path)
         if values is not None and others is not None:
-            return not any(same(value, each) for value in values for each in others)
+            return not {canonical(each) for each in values} & {canonical(each) for each in others}
         if values is not None and others_types is not None:
             return not any(is_type(value, others_types) for value in values)
         if others is not None and types is not None:
@@ -300,6 +354,22 @@ class Merger:
 
 
 _OBJECT: Final = ("properties", "additionalProperties", "required")
+_ARRAY: Final = ("items", "prefixItems")
+
+
+def _modern(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Items as they are written today: older schemas list the first ones in `items`."""
+    rest = {k: v for k, v in schema.items() if k not in ("items", "additionalItems")}
+    more = schema.get("additionalItems", True)
+    return {"prefixItems": schema["items"], **rest, "items": more}
+
+
+def prefix_of(schema: Mapping[str, Any], path: str) -> list[Schema]:
+    """What the first items are to be. Raises SchemaError."""
+    found = as_list(schema.get("prefixItems", []))
+    if found is None:
+        raise SchemaError(f"{path}.prefixItems", "must be a list of schemas")
+    return [checked(part, f"{path}.prefixItems[{number}]") for number, part in enumerate(found)]
 
 
 def properties_of(schema: Mapping[str, Any], path: str) -> dict[str, Schema]:

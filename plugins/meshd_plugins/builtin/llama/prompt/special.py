@@ -18,10 +18,17 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 CUT: Final = "\ufdd1"
 """A noncharacter: Unicode keeps it for such use. One that a user sends is dropped."""
+_MEDIUM: Final = "\ufdd2"  # another one, around the number of a medium
+
+
+class Medium(NamedTuple):
+    """The place of a picture or a sound in a prompt."""
+
+    number: int  # among the media of the request
 
 
 class MessageCutter:
@@ -42,7 +49,7 @@ class MessageCutter:
 
     def cut(self, text: str) -> str:
         """Return the text with cuts in it, behind the first character of each look-alike."""
-        text = text.replace(CUT, "")
+        text = text.replace(CUT, "").replace(_MEDIUM, "")
         if self._token_start is None:
             return text
         end = len(text.rstrip())  # a template may trim what follows
@@ -58,6 +65,22 @@ class MessageCutter:
             parts += [text[done : start + 1], CUT]
             done = start + 1
         return "".join((*parts, text[done:]))
+
+
+def medium_mark(number: int) -> str:
+    """What stands for a medium in a message that was cut, and survives the template."""
+    return f"{_MEDIUM}{number}{_MEDIUM}"
+
+
+def parts(prompt: str) -> list[str | Medium]:
+    """The rendered prompt: texts, to be tokenised piece by piece, and media between them."""
+    found: list[str | Medium] = []
+    for turn, text in enumerate(prompt.split(_MEDIUM)):
+        if turn % 2 and text.isdecimal():
+            found.append(Medium(int(text)))
+        else:
+            found += pieces(text)
+    return found
 
 
 def pieces(prompt: str) -> list[str]:

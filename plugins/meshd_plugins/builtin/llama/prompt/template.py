@@ -11,15 +11,17 @@ import json
 import resource
 import signal
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, cast
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_round
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 TEMPLATE_BYTES_MAX: Final = 256 * 1024
@@ -27,6 +29,7 @@ PROMPT_CHARACTERS_MAX: Final = 4 * 1024 * 1024
 RENDER_S: Final = 2.0
 RENDER_MEMORY_BYTES: Final = 512 * 1024 * 1024
 ROUND_DIGITS_MAX: Final = 20
+_PROBE: Final = "Is this read?"
 PRODUCT_MAX: Final = 1_000_000  # of a * b in a template, for a number, and length for a sequence
 
 
@@ -47,6 +50,17 @@ class _Environment(ImmutableSandboxedEnvironment):
         return left * right
 
 
+class _Generation(Extension):
+    """`{% generation %}`: marks what an assistant says, for those who train on it; here it is as if not there."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2 has it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return what stands between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _raise_exception(message: object) -> NoReturn:
     raise TemplateError(str(message)[:200])
 
@@ -59,11 +73,23 @@ def _round(value: float, precision: int = 0, method: str = "common") -> float:
 
 
 def _to_json(value: object, indent: int | None = None, **_options: object) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    """Jinja's filter with the arguments that templates give it; what a filter yields is a list."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, default=_listed)
+
+
+def _listed(value: object) -> list[object]:
+    if not isinstance(value, Iterator):
+        raise TypeError(f"{type(value).__name__} is no value of JSON")
+    return list(cast("Iterator[object]", value))
 
 
 class ChatTemplate:
-    """A compiled template."""
+    """A compiled template.
+
+    Attributes:
+        wants_parts: whether it knows contents only as lists of {"type": "text", "text"}, as those of some models
+            that see do: it would leave out what it is given as a text.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Compile it. Raises TemplateError."""
@@ -73,7 +99,7 @@ class ChatTemplate:
             trim_blocks=True,
             lstrip_blocks=True,
             autoescape=False,  # the output is a prompt, not HTML
-            extensions=[loopcontrols],
+            extensions=[loopcontrols, _Generation],
         )
         environment.filters["tojson"] = _to_json
         environment.filters["round"] = _round
@@ -84,6 +110,7 @@ class ChatTemplate:
         }
         environment.globals.update(functions)
         self.source = source
+        self.wants_parts = False
         self._special_tokens = special_tokens
         try:
             with _bounded():
@@ -92,6 +119,16 @@ class ChatTemplate:
             raise TemplateError(
                 f"the model's chat template cannot be used: {_words(error)}"
             ) from None
+        self.wants_parts = not self._shows(_PROBE) and self._shows(
+            [{"type": "text", "text": _PROBE}]
+        )
+
+    def _shows(self, content: object) -> bool:
+        """Whether what a user says reaches the prompt in this form."""
+        try:
+            return _PROBE in self.render([{"role": "user", "content": content}])
+        except TemplateError:
+            return False
 
     def render(
         self,

@@ -1,20 +1,24 @@
-"""Pieces of grammars for JSON: literals, strings, numbers within bounds, dates. Expressions in GBNF."""
+"""Pieces of grammars for JSON: literals, strings, keys, formats. Expressions in GBNF."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from meshd_plugins.builtin.llama.prompt.gbnf import REPETITIONS_MAX
 
 DIGITS_MAX: Final = 15  # of a number without bounds: what a double holds exactly
 BOUND_MAX: Final = 10**18
+_NAME: Final = string.ascii_letters + string.digits + "_.-"
 _ESCAPED: Final = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 PLAIN_CHARACTER: Final = r'[^"\\\x00-\x1F\x7F\uD800-\uDFFF]'
 """What stands for itself in a string of JSON."""
+
+BARE_CHARACTER: Final = r"[^<\x00-\x08\x0B-\x1F\x7F\uD800-\uDFFF]"
+"""What stands for itself between tags, but for what might begin one."""
 
 BASIC_RULES: Final = {
     "ws": r'(" " | "\n" [ \t]{0,12})?',
@@ -24,7 +28,6 @@ BASIC_RULES: Final = {
     "string": r'"\"" char* "\""',
     "integer": rf'"0" | "-"? [1-9] [0-9]{{0,{DIGITS_MAX - 1}}}',
     "fraction": rf'"." [0-9]{{1,{DIGITS_MAX}}}',
-    "fraction-above": rf'"." [0-9]{{0,{DIGITS_MAX - 1}}} [1-9]',  # not zero
     "number": rf'"-"? ("0" | [1-9] [0-9]{{0,{DIGITS_MAX - 1}}}) fraction? ([eE] [-+]? [0-9] [0-9]?)?',
     "boolean": '"true" | "false"',
     "null": '"null"',
@@ -41,21 +44,54 @@ BASIC_RULES: Final = {
     "offset": '"Z" | [-+] ([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9]',
     "octet": '"25" [0-5] | "2" [0-4] [0-9] | "1" [0-9] [0-9] | [1-9]? [0-9]',
     "label": "[a-z0-9] ([a-z0-9-]{0,20} [a-z0-9])?",
+    "host": 'label ("." label){0,5}',
+    "part": '[A-Za-z0-9._~!$&\'()*+,;=:@-] | "%" hex hex',  # of a path
+    "query": '("?" (part | [/?])*)? ("#" (part | [/?])*)?',
+    "path": '"/" (part+ ("/" part*)*)?',
+    "uri": '[a-zA-Z] [a-zA-Z0-9+.-]{0,15} ":" '
+    '("//" host (":" [0-9]{1,5})? path? | path | part+ ("/" part*)*) query',
+    "group": "hex{1,4}",  # of an IPv6 address
+    "count": "[0-9]{1,6}",
+    "span-time": '"T" (count "H" (count "M" (count "S")?)? | count "M" (count "S")? | count "S")',
+    "span-date": 'count "Y" (count "M" (count "D")?)? | count "M" (count "D")? | count "D"',
 }
 """Rules that others may name; only those in use go into a grammar."""
 
-FORMATS: Final = {  # with the shortest and the longest text
+_UUID: Final = 'hex{{8}} "-" hex{{4}} "-" {} hex{{3}} "-" [89abAB] hex{{3}} "-" hex{{12}}'
+_EMAIL: Final = '[a-z0-9] ([a-z0-9._+-]{0,20} [a-z0-9])? "@" label ("." label){1,3}'
+
+
+def _ipv6() -> str:
+    """Eight groups, or up to six around the place where those that are 0 were left out."""
+    found = ['group (":" group){7}', '"::" (group (":" group){0,6})?']
+    for before in range(1, 7):
+        leading = "group" if before == 1 else f'group (":" group){{{before - 1}}}'
+        after = "group" if before == 6 else f'group (":" group){{0,{6 - before}}}'
+        found.append(f'{leading} "::" ({after})?')
+    return f"({' | '.join(found)})"
+
+
+FORMATS: Final[Mapping[str, tuple[str, int, int | None]]] = {
     "date": ("date", 10, 10),
     "time": ("clock offset", 9, 21),
     "date-time": ('date "T" clock offset', 20, 32),
-    "uuid": (
-        'hex{8} "-" hex{4} "-" [1-8] hex{3} "-" [89abAB] hex{3} "-" hex{12}',
-        36,
-        36,
-    ),
+    "duration": ('"P" (count "W" | span-date span-time? | span-time)', 3, None),
+    "uuid": (_UUID.format("[1-8]"), 36, 36),
+    **{f"uuid{n}": (_UUID.format(f'"{n}"'), 36, 36) for n in range(1, 9)},
     "ipv4": ('octet "." octet "." octet "." octet', 7, 15),
-    "email": ('[a-z0-9] ([a-z0-9._+-]{0,20} [a-z0-9])? "@" label ("." label){1,3}', 5, 120),
+    "ipv6": (_ipv6(), 2, 39),
+    "email": (_EMAIL, 5, 114),
+    "idn-email": (_EMAIL, 5, 114),
+    "hostname": ("host", 1, 137),
+    "idn-hostname": ("host", 1, 137),
+    **dict.fromkeys(("uri", "url", "iri"), ("uri", 3, None)),
+    **dict.fromkeys(("uri-reference", "iri-reference"), ("(uri | path query)", 1, None)),
+    "json-pointer": ('("/" [A-Za-z0-9._-]*)*', 0, None),
 }
+"""What holds the strings of a format, with the shortest and the longest text; some of what fits, without `<`."""
+
+HINTS: Final = frozenset({"password", "path"})
+"""Formats that say nothing about a string's characters."""
 
 
 def literal(text: str) -> str:
@@ -126,6 +162,39 @@ def _other(texts: Sequence[str], rule: Callable[[str], str]) -> str:
     return choice(branches)
 
 
+def one_of(characters: Iterable[str]) -> str:
+    """One of these characters."""
+    return f"[{_points(characters)}]"
+
+
+def but_for(characters: Iterable[str]) -> str:
+    """Any character that may stand between tags, but for these."""
+    return BARE_CHARACTER.replace("<", _points(characters))
+
+
+def _points(characters: Iterable[str]) -> str:
+    return "".join(f"\\U{ord(each):08X}" for each in dict.fromkeys(characters))
+
+
+def other_name(names: Sequence[str], rule: Callable[[str], str]) -> str:
+    """A name of letters, digits, `_`, `-` and `.` that is none of these."""
+    return _other_name(["", *names], rule)
+
+
+def _other_name(texts: Sequence[str], rule: Callable[[str], str]) -> str:
+    heads: dict[str, list[str]] = {}
+    for text in texts:
+        if text and text[0] in _NAME:
+            heads.setdefault(text[0], []).append(text[1:])
+    branches = [f"{one_of(sorted(set(_NAME) - set(heads)))} [a-zA-Z0-9_.\\-]*"]
+    branches += [
+        f"{literal(head)} {rule(_other_name(rests, rule))}" for head, rests in heads.items()
+    ]
+    if "" not in texts:
+        branches.append('""')
+    return choice(branches)
+
+
 def _common(texts: Sequence[str]) -> str:
     shortest = min(texts, key=len)
     length = next(
@@ -139,98 +208,3 @@ def repeated(item: str, least: int, most: int | None) -> str:
     if most is None:
         return f"{item}{{{least},}}" if least > 1 else f"{item}{'+' if least else '*'}"
     return f"{item}{{{least},{min(most, REPETITIONS_MAX)}}}"
-
-
-def integers(low: int | None, high: int | None) -> str | None:
-    """The whole numbers within bounds, both included; None when there are none."""
-    if low is None and high is None:
-        return "integer"
-    if low is None:
-        assert high is not None
-        low = min(-(10**DIGITS_MAX) + 1, high * 10 if high < 0 else 0)
-    if high is None:
-        high = max(10**DIGITS_MAX - 1, low * 10)
-    if low > high:
-        return None
-    alternatives: list[str] = []
-    if low < 0:
-        below = _natural(max(1, -high), -low)
-        alternatives.append(f'"-" {choice(below)}')
-    if high >= 0:
-        alternatives += _natural(max(0, low), high)
-    return choice(alternatives)
-
-
-def _natural(low: int, high: int) -> list[str]:
-    """Numbers from 0 on: those of each length."""
-    found: list[str] = []
-    whole: list[int] = []  # lengths of which all numbers are within
-    for length in range(len(str(low)), len(str(high)) + 1):
-        first, last = 10 ** (length - 1) if length > 1 else 0, 10**length - 1
-        if length > 1 and low <= first and last <= high:
-            whole.append(length)
-        else:
-            found += _digits(str(max(low, first)), str(min(high, last)))
-    if whole:
-        found.append(f"[1-9] [0-9]{{{whole[0] - 1},{whole[-1] - 1}}}")
-    return found
-
-
-def _digits(low: str, high: str) -> list[str]:
-    """Digits between two texts of the same length."""
-    if low == high:
-        return [literal(low)]
-    if len(low) == 1:
-        return [f"[{low}-{high}]"]
-    if low[0] == high[0]:
-        return [f"{literal(low[0])} {choice(_digits(low[1:], high[1:]))}"]
-    rest = len(low) - 1
-    first, last = int(low[0]), int(high[0])
-    found: list[str] = []
-    if low[1:] != "0" * rest:
-        found.append(f"{literal(low[0])} {choice(_digits(low[1:], '9' * rest))}")
-        first += 1
-    ending: list[str] = []
-    if high[1:] != "9" * rest:
-        ending.append(f"{literal(high[0])} {choice(_digits('0' * rest, high[1:]))}")
-        last -= 1
-    if first <= last:
-        found.append(f"[{first}-{last}] [0-9]{{{rest}}}")
-    return found + ending
-
-
-def numbers(low: float, high: float, *, above: bool, below: bool) -> str | None:
-    """Numbers within bounds, one of them finite; `above` and `below` leave the bound itself out.
-
-    Some of them: whole ones, and those between two whole ones that are within. None: there are none such.
-    """
-    whole = integers(_up(low, strictly=above), _down(high, strictly=below))
-    positive, negative = _between(low, high), _between(-high, -low)
-    found = [whole] if whole is not None else []
-    if positive is not None:
-        found.append(f"{positive} fraction-above")
-    if negative is not None:
-        found.append(f'"-" {negative} fraction-above')
-    return choice(found) if found else None
-
-
-def _between(low: float, high: float) -> str | None:
-    """Whole numbers n from 0 on of which all that lies between n and n + 1 is within the bounds."""
-    first, last = _up(low, strictly=False), _down(high, strictly=False)
-    first = max(0, first if first is not None else 0)
-    last = last - 1 if last is not None else 10**DIGITS_MAX - 1
-    return integers(first, last) if first <= last else None
-
-
-def _up(bound: float, *, strictly: bool) -> int | None:
-    if math.isinf(bound):
-        return None
-    whole = math.ceil(bound)
-    return whole + (strictly and whole == bound)
-
-
-def _down(bound: float, *, strictly: bool) -> int | None:
-    if math.isinf(bound):
-        return None
-    whole = math.floor(bound)
-    return whole - (strictly and whole == bound)
