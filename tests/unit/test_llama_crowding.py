@@ -70,3 +70,15 @@ def test_fewer_is_fewer_and_at_least_one(threads: int, share: float) -> None:
 
 def test_this_machine_tells_its_idle_time() -> None:
     assert idle_s() > 0.0
+
+
+def test_it_leaves_threads_to_something_else_in_its_process_and_takes_them_back() -> None:
+    machine = Machine(4, 4)
+    machine.threads.leave(3)
+    assert machine.threads.now == 1
+    machine.compute(5)  # processors that stand idle meanwhile are not for it
+    assert machine.threads.now == 1
+    machine.threads.leave(0)
+    assert machine.threads.now == 4
+    machine.threads.leave(9)
+    assert machine.threads.now == 1, "one is always left"

@@ -186,6 +186,18 @@ def test_nothing_of_another_caller_is_reused() -> None:
         assert cached(drain(subject)) == {number: 0}
 
 
+def test_what_is_cut_off_a_copy_does_not_become_the_last_caller_s() -> None:
+    subject = make_engine(FakeModel(1), context=300, kept_bytes_max=KEEP)
+    beginning = STORY[:20]
+    for number, (prompt, caller) in enumerate(
+        [(STORY, "bob"), (STORY[::-1][:20], "ada"), ((*beginning, 9), "bob")]
+    ):
+        subject.submit(make_job(number, prompt, caller=caller, max_tokens=1))
+        drain(subject)
+    subject.submit(make_job(9, (*STORY, 7), caller="ada", max_tokens=1))
+    assert cached(drain(subject)) == {9: 0}, "bob's story, brought into the slot that was ada's"
+
+
 def test_a_conversation_that_lost_its_slot_is_taken_from_outside_of_the_context() -> None:
     model = FakeModel(1)
     subject = make_engine(model, context=300, kept_bytes_max=KEEP)

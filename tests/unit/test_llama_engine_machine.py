@@ -3,9 +3,19 @@
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.unit.support_engine import FakeModel, answers, drain, expected, make_engine, make_job
+from tests.unit.support_engine import (
+    FakeModel,
+    FakeState,
+    answers,
+    drain,
+    expected,
+    make_engine,
+    make_job,
+)
 
 from meshd_plugins.builtin.llama.engine.jobs import Broken, Finished, Job, Output
+from meshd_plugins.builtin.llama.engine.media import media_tokens
+from meshd_plugins.builtin.llama.engine.prefixes import Kept
 from meshd_plugins.builtin.llama.engine.scheduler import EngineFull
 from meshd_plugins.builtin.llama.engine.sequences import common_prefix
 
@@ -15,11 +25,16 @@ BLOCKS = tuple(
 )
 PIN = BLOCKS[2][:30]
 CALLERS = st.sampled_from(["ada", "bob", "cal"])
-PROMPTS = st.builds(
-    lambda blocks, tail: (*(t for block in blocks for t in BLOCKS[block]), *tail)[: CONTEXT - 1],
-    st.lists(st.integers(0, len(BLOCKS) - 1), max_size=3),
-    st.lists(st.integers(1, 9), min_size=1, max_size=10),
+MEDIA = (
+    media_tokens(7, 24, 24),
+    media_tokens(8, 12, 12, at_once=True),
+    media_tokens(9, 20, 5),  # laid out in two dimensions
 )
+PROMPTS = st.builds(
+    lambda blocks, tail: (*(t for block in blocks for t in (*BLOCKS, *MEDIA)[block]), *tail),
+    st.lists(st.integers(0, len(BLOCKS + MEDIA) - 1), max_size=4),
+    st.lists(st.integers(1, 9), min_size=1, max_size=10),
+).filter(lambda prompt: len(prompt) < CONTEXT)
 
 
 class Scheduling(RuleBasedStateMachine):
@@ -36,7 +51,7 @@ class Scheduling(RuleBasedStateMachine):
         self, slots: int, chunk: int, kept_bytes: int, forgets_parts: bool, saves: bool
     ) -> None:
         self.slots, self.kept_bytes = slots, kept_bytes
-        self.model = FakeModel(slots, batch_max=slots + chunk)
+        self.model = FakeModel(slots, batch_max=slots + max(chunk, len(MEDIA[1])))
         self.model.forgets_parts, self.model.saves = forgets_parts, saves
         self.engine = make_engine(
             self.model, slots, CONTEXT, chunk, 6, kept_bytes_max=kept_bytes, pinned=(PIN,)
@@ -45,6 +60,7 @@ class Scheduling(RuleBasedStateMachine):
         self.cancelled: set[int] = set()
         self.outputs: list[Output] = []
         self.ended: set[int] = set()
+        self.held: list[Kept[FakeState]] = []
 
     def took(self, outputs: list[Output]) -> None:
         self.outputs += outputs
@@ -117,7 +133,15 @@ class Scheduling(RuleBasedStateMachine):
         if (kept := self.engine.export(tag, caller)) is not None:
             assert kept.scope.caller == caller
             assert kept.state.tokens == kept.tokens
+            assert min(kept.tokens) >= 0, "media are known here alone"
+            if self.engine.hold(kept):
+                self.held.append(kept)
             self.engine.adopt(kept)
+
+    @precondition(lambda self: self.held)
+    @rule()
+    def handed_over(self) -> None:
+        self.engine.let_go(self.held.pop())
 
     @invariant()
     def memory_is_what_is_believed(self) -> None:

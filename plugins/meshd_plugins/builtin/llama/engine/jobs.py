@@ -16,8 +16,10 @@ StateT = TypeVar("StateT", bound="State")
 class Row(NamedTuple):
     """One token of a batch."""
 
-    token: int
-    position: int  # in its sequence
+    token: int  # below 0: an embedding of a medium (`media`)
+    position: (
+        int  # in its sequence; within a piece that takes fewer positions: as if it took one each
+    )
     slot: int
     output: bool  # whether it will be sampled from
 
@@ -39,7 +41,10 @@ class Backend(Protocol, Generic[SamplerT, StateT]):
     """What the scheduler needs of a model."""
 
     def decode(self, rows: Sequence[Row]) -> None:
-        """Compute one batch. Raises BackendRefused; anything else means the context is lost."""
+        """Compute one batch. Raises BackendRefused; anything else means the context is lost.
+
+        Of one slot it holds either tokens or embeddings of one piece of a medium.
+        """
         ...
 
     def new_sampler(self, sampling: Sampling) -> SamplerT:
@@ -61,8 +66,8 @@ class Backend(Protocol, Generic[SamplerT, StateT]):
         """Give a sampler back."""
         ...
 
-    def keep(self, slot: int, tokens: int) -> bool:
-        """Let a slot remember its first tokens only; 0: nothing.
+    def keep(self, slot: int, positions: int) -> bool:
+        """Let a slot remember what is before a position only; 0: nothing.
 
         False: this model cannot forget a part (a recurrent one, a sliding window). The slot is empty then.
         """

@@ -1,7 +1,8 @@
 """Sequences that were computed and are kept outside of the context, within a bound of bytes.
 
 What is true, whatever the order of calls:
-- the states kept take at most `bytes_max` together, each counted as its own `size_bytes` says;
+- the states kept, and those held while they are handed over, take at most `bytes_max` together, each counted
+  once, as its own `size_bytes` says;
 - an entry is found only by its own caller, or by everybody where it is pinned;
 - no entry is the beginning of another one of the same caller: the longer one serves both.
 
@@ -39,7 +40,7 @@ class PrefixStore(Generic[StateT]):
     def __init__(self, bytes_max: int) -> None:
         self.bytes_max = bytes_max
         self._entries: list[Kept[StateT]] = []
-        self.bytes = 0
+        self._held: list[Kept[StateT]] = []  # on their way in or out, kept here or not
         self.evicted = 0  # since the start
 
     def __len__(self) -> int:
@@ -48,6 +49,33 @@ class PrefixStore(Generic[StateT]):
     def __iter__(self) -> Iterator[Kept[StateT]]:
         """From what goes first to what goes last."""
         return iter(self._entries)
+
+    @property
+    def bytes(self) -> int:
+        """What the entries take, and what is held beside them."""
+        beside = (h for h in self._held if not any(h is entry for entry in self._entries))
+        return sum(e.state.size_bytes for e in self._entries) + sum(
+            h.state.size_bytes for h in beside
+        )
+
+    @property
+    def room_bytes(self) -> int:
+        """What one more could take at most: all but what is held."""
+        return self.bytes_max - sum(held.state.size_bytes for held in self._held)
+
+    def hold(self, entry: Kept[StateT]) -> bool:
+        """Count a state until `let_go`, whether it is kept or not. False: there is no room for it."""
+        if not any(entry is kept for kept in self._entries):
+            size = entry.state.size_bytes
+            if size > self.room_bytes:
+                return False
+            self._make_room(size)
+        self._held.append(entry)
+        return True
+
+    def let_go(self, entry: Kept[StateT]) -> None:
+        """It is handed over, or will not be."""
+        self._held = [held for held in self._held if held is not entry]
 
     def find(self, tokens: tuple[int, ...], scope: Scope) -> tuple[Kept[StateT] | None, int]:
         """Return the entry that has most of a prompt in common with it, and how many tokens."""
@@ -66,7 +94,7 @@ class PrefixStore(Generic[StateT]):
     def put(self, entry: Kept[StateT]) -> bool:
         """Keep an entry. False: it is larger than all that may be kept, or another one holds all of it."""
         size = entry.state.size_bytes
-        if size > self.bytes_max:
+        if size > self.room_bytes:
             return False
         for other in tuple(self._entries):
             if other.pinned != entry.pinned or other.scope.caller != entry.scope.caller:
@@ -77,13 +105,17 @@ class PrefixStore(Generic[StateT]):
                 return False
             if common == len(other.tokens):
                 self._drop(other)
-        while self.bytes + size > self.bytes_max:
-            self._drop(next((e for e in self._entries if not e.pinned), self._entries[0]))
-            self.evicted += 1
+        self._make_room(size)
         self._entries.append(entry)
-        self.bytes += size
         return True
 
+    def _make_room(self, size: int) -> None:
+        """Drop what was used longest ago until so many bytes, at most `room_bytes`, are free."""
+        while self.bytes + size > self.bytes_max:
+            # To drop what is held frees nothing.
+            free = [e for e in self._entries if not any(e is held for held in self._held)]
+            self._drop(next((e for e in free if not e.pinned), free[0]))
+            self.evicted += 1
+
     def _drop(self, entry: Kept[StateT]) -> None:
-        self._entries.remove(entry)
-        self.bytes -= entry.state.size_bytes
+        self._entries = [each for each in self._entries if each is not entry]

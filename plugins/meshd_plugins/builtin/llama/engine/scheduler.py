@@ -36,6 +36,7 @@ from meshd_plugins.builtin.llama.engine.jobs import (
     Text,
     Warm,
 )
+from meshd_plugins.builtin.llama.engine.media import lag, run_end
 from meshd_plugins.builtin.llama.engine.prefixes import Kept, PrefixStore
 from meshd_plugins.builtin.llama.engine.slots import Slot, Slots
 from meshd_plugins.builtin.llama.engine.text import TextAssembler
@@ -83,6 +84,8 @@ class _Active(Generic[SamplerT]):
     sampler: SamplerT
     text: TextAssembler
     cached: int  # prompt tokens that were found computed
+    has_media: bool  # in its prompt
+    lag: int  # of the position behind the tokens that its slot holds
     pin: int  # where a pinned beginning of its prompt ends that is not kept yet; 0: there is none
     next_token: int | None = None  # sampled, not computed yet; None while the prompt is not through
     generated: int = 0
@@ -215,14 +218,32 @@ class Engine(Generic[SamplerT, StateT]):
         return [*entries, *(Warm(s.tag, len(s.held), s.scope) for s in slots)]
 
     def export(self, tag: bytes, caller: str) -> Kept[StateT] | None:
-        """Copy the sequence that a caller's node knows by a tag; None when there is none of this caller."""
+        """Copy the sequence that a caller's node knows by a tag; None when there is none of this caller.
+
+        Neither is one with media in it: what they are to the model is known to this process alone.
+        """
         for slot in self.slots.all:
-            if slot.tag == tag and slot.scope.caller == caller:
+            if slot.tag == tag and slot.scope.caller == caller and min(slot.held) >= 0:
                 return self.slots.save(slot)
         for entry in self._store:
-            if entry.tag == tag and entry.scope.caller == caller and not entry.pinned:
+            if entry.tag != tag or entry.scope.caller != caller or entry.pinned:
+                continue
+            if min(entry.tokens) >= 0:
                 return entry
         return None
+
+    @property
+    def room_bytes(self) -> int:
+        """What one more state on its way in or out may take."""
+        return self._store.room_bytes
+
+    def hold(self, kept: Kept[StateT]) -> bool:
+        """Count a state that is on its way in or out among those kept; False: there is no room for it."""
+        return self._store.hold(kept)
+
+    def let_go(self, kept: Kept[StateT]) -> None:
+        """It is handed over, or will not be."""
+        self._store.let_go(kept)
 
     def adopt(self, kept: Kept[StateT]) -> bool:
         """Take a sequence that another node computed; False: there is no room for it."""
@@ -239,6 +260,8 @@ class Engine(Generic[SamplerT, StateT]):
             sampler=self._backend.new_sampler(job.sampling),
             text=TextAssembler(job.sampling.stop),
             cached=cached,
+            has_media=min(job.prompt) < 0,
+            lag=lag(slot.held),
             pin=self._unkept_pin(job.prompt, cached),
             started=self._admitted,
         )
@@ -277,7 +300,7 @@ class Engine(Generic[SamplerT, StateT]):
         prefill = 0
         for active in self._active:
             active.first_row = len(rows)
-            start, slot = len(active.slot.held), active.slot.index
+            start, slot = len(active.slot.held) - active.lag, active.slot.index
             if active.next_token is not None:
                 active.tokens = (active.next_token,)
                 rows.append(Row(active.next_token, start, slot, output=True))
@@ -308,6 +331,8 @@ class Engine(Generic[SamplerT, StateT]):
         for turn, active in enumerate(prefilling):
             start, prompt = len(active.slot.held), active.job.prompt
             end = min(start + budget, len(prompt), active.pin or len(prompt))
+            if active.has_media and budget > 0:
+                end = run_end(prompt, start, end)
             if turn and end < len(prompt):
                 end = start
             active.tokens = prompt[start:end]
@@ -318,6 +343,8 @@ class Engine(Generic[SamplerT, StateT]):
         """Take over what the batch computed for one job."""
         last = active.first_row + len(active.tokens) - 1
         active.slot.held += active.tokens
+        if active.has_media and active.next_token is None:
+            active.lag += lag(active.tokens)
         if active.pin and len(active.slot.held) == active.pin:
             self._keep_pin(active)
         if not rows[last].output:

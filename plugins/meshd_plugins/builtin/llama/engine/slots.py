@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Final, Generic
 
 from meshd_plugins.builtin.llama.engine.jobs import Backend, Job, SamplerT, Scope, StateT
+from meshd_plugins.builtin.llama.engine.media import cut_before, lag
 from meshd_plugins.builtin.llama.engine.prefixes import Kept, PrefixStore
 from meshd_plugins.builtin.llama.engine.sequences import common_prefix
 
@@ -169,14 +170,14 @@ class Slots(Generic[SamplerT, StateT]):
         prompt = list(job.prompt)
         for slot in self.all:
             if slot.busy == busy and slot.scope.caller == job.scope.caller:
-                common = min(common_prefix(slot.held, prompt), most)
+                common = cut_before(prompt, min(common_prefix(slot.held, prompt), most))
                 if common > best.tokens:
                     best = _Source(common, slot=slot)
         return best
 
     def _best_kept(self, job: Job, most: int) -> _Source[StateT]:
         kept, common = self._store.find(job.prompt, job.scope)
-        return _Source(min(common, most), kept=kept)
+        return _Source(cut_before(job.prompt, min(common, most)), kept=kept)
 
     def _bring(self, source: _Source[StateT], slot: Slot) -> bool:
         """Put a copy into a free slot; False: it could not be done, and the slot is empty."""
@@ -190,13 +191,12 @@ class Slots(Generic[SamplerT, StateT]):
         if kept is None or not self._backend.restore(slot.index, kept.state):
             return False
         slot.held = list(kept.tokens)
-        self._cut(slot, source.tokens)
+        # What is cut off is nobody's loss: the copy's source has it. And it is its caller's, not the slot's.
+        self._shorten(slot, source.tokens)
         return bool(slot.held)
 
     def _cut(self, slot: Slot, tokens: int) -> None:
         """Let a free slot hold its first tokens only; what it loses is kept where that is worth it."""
-        if len(slot.held) == tokens:
-            return
         lost = len(slot.held) - tokens
         if (
             lost >= KEEP_TOKENS_MIN
@@ -204,7 +204,13 @@ class Slots(Generic[SamplerT, StateT]):
             and (kept := self.save(slot)) is not None
         ):
             self._store.put(kept)
-        if self._backend.keep(slot.index, tokens):
+        self._shorten(slot, tokens)
+
+    def _shorten(self, slot: Slot, tokens: int) -> None:
+        """Let a slot forget all but its first tokens; all of them where it cannot forget a part."""
+        if len(slot.held) == tokens:
+            return
+        if self._backend.keep(slot.index, tokens - lag(slot.held[:tokens])):
             del slot.held[tokens:]
         else:
             slot.held.clear()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from meshd_plugins.api import ModelFacts
@@ -20,6 +21,7 @@ from meshd_plugins.builtin.llama.models.digest import Mark
 from meshd_plugins.builtin.llama.models.facts import describe_model, facts_to_wire
 from meshd_plugins.builtin.llama.models.gguf import GgufError, read_gguf
 from meshd_plugins.builtin.llama.models.pooling import NoClassifier, Pooling, pooling_of
+from meshd_plugins.builtin.llama.models.projector import ProjectorMismatch
 from meshd_plugins.builtin.llama.prompt.template import ChatTemplate, TemplateError
 from meshd_plugins.builtin.llama.prompt.tools import tools_of
 from meshd_plugins.builtin.llama.running.fit import shape_of
@@ -29,7 +31,7 @@ from meshd_plugins.builtin.llama.worker.backend import (
     LlamaBackend,
     ModelUnusable,
 )
-from meshd_plugins.builtin.llama.worker.bench import Bench, resident_bytes
+from meshd_plugins.builtin.llama.worker.bench import Bench, EmbeddingBench, resident_bytes
 from meshd_plugins.builtin.llama.worker.devices import list_devices
 from meshd_plugins.builtin.llama.worker.embed_service import Embedding
 from meshd_plugins.builtin.llama.worker.embedding import EmbeddingBackend, EmbeddingLoad
@@ -42,9 +44,10 @@ from meshd_plugins.builtin.llama.worker.parts import (
     Service,
     fail,
 )
+from meshd_plugins.builtin.llama.worker.projector import read_projector
 from meshd_plugins.builtin.llama.worker.rpc_binding import RpcUnavailable, rpc_build
 from meshd_plugins.builtin.llama.worker.rpc_socket import NoLoopback
-from meshd_plugins.builtin.llama.worker.status import Status
+from meshd_plugins.builtin.llama.worker.status import Status, generation_status
 from meshd_plugins.workerkit import Closed, Link, Message, main
 
 
@@ -59,6 +62,7 @@ def _loading(arguments: Arguments, isolation: Message) -> BackendConfig:
         batch_tokens=arguments.batch_tokens,
         flash_attention=arguments.flash_attention,
         adapters=arguments.adapters,
+        projector=f"/proc/self/fd/{arguments.projector.file}" if arguments.projector else "",
         parts=arguments.parts,
         isolation=isolation,
     )
@@ -88,10 +92,13 @@ def _serve_embedding(
         fail(EXIT_MODEL_UNUSABLE, f"{type(error).__name__}: {error}")
     if Mark.of(arguments.file) != arguments.mark:
         fail(EXIT_MODEL_CHANGED, f"{arguments.path} changed after it was verified")
+    measured = backend.measure()
     link.hello(
         {
             "model": facts_to_wire(facts),
-            "embedding": backend.measure().to_wire(),
+            "embedding": measured.to_wire(),
+            "prefill_tokens_per_s": measured.tokens_per_s,
+            "step_s": backend.step_tokens / max(measured.tokens_per_s, 0.1),
             "load_s": time.monotonic() - started_s,
             "context_tokens": backend.text_tokens,
             "threads": backend.threads,
@@ -100,7 +107,13 @@ def _serve_embedding(
             "resident_bytes": resident_bytes(),
         }
     )
-    Service(link, (Embedding(link, backend, pooling),), arguments.file, arguments.mark).run()
+    embedding = Embedding(link, backend, pooling, measured.tokens_per_s)
+    parts = (
+        embedding,
+        Status(link, embedding.status),
+        EmbeddingBench(link, backend, embedding),
+    )
+    Service(link, parts, arguments.file, arguments.mark).run()
 
 
 def serve(link: Link) -> None:
@@ -115,14 +128,16 @@ def serve(link: Link) -> None:
     try:
         pooling = pooling_of(header, wanted=arguments.embeddings, override=arguments.pooling)
         check_adapters(header, arguments.adapters)
-    except (NoClassifier, AdapterMismatch) as error:
+        projector = read_projector(header, arguments.projector, pooling)
+    except (NoClassifier, AdapterMismatch, ProjectorMismatch) as error:
         _refuse(link, str(error), error.code)
         return
     facts = describe_model(
-        header, Path(arguments.path), arguments.digest, arguments.family, pooling or ""
+        header, Path(arguments.path), arguments.digest, arguments.family, pooling or "", projector
     )
     if arguments.inspect:
-        shape, devices = shape_of(header).to_wire(), list_devices() if arguments.gpu_layers else []
+        shape = shape_of(header, vectors=pooling is not None, projector=projector).to_wire()
+        devices = list_devices() if arguments.gpu_layers else []
         link.hello(
             {
                 "model": facts_to_wire(facts),
@@ -151,6 +166,8 @@ def serve(link: Link) -> None:
         fail(EXIT_MODEL_UNUSABLE, f"{type(error).__name__}: {error}")
     if Mark.of(arguments.file) != arguments.mark:
         fail(EXIT_MODEL_CHANGED, f"{arguments.path} changed after it was verified")
+    if (beside := arguments.projector) is not None and Mark.of(beside.file) != beside.mark:
+        fail(EXIT_MODEL_CHANGED, f"{beside.path} changed after it was verified")
     measured = measure(backend, arguments.slots)
     template, template_error = None, ""
     if source := backend.chat_template:
@@ -188,14 +205,16 @@ def serve(link: Link) -> None:
             "chat": template is not None,
             "chat_template_error": template_error,
             "tools": tools_of(template),
+            "modalities": backend.modalities,
             "resident_bytes": resident_bytes(),
         }
     )
+    held_max = backend.context_tokens * arguments.slots
     parts = (
         generation,
-        Status(link, engine, generation.pace, backend.context_tokens * arguments.slots),
+        Status(link, partial(generation_status, engine, generation.pace, held_max)),
         Bench(link, backend, engine),
-        Handoff(link, backend, engine, arguments.kept_bytes_max),
+        Handoff(link, backend, engine),
     )
     Service(link, parts, arguments.file, arguments.mark).run()
 

@@ -16,9 +16,12 @@ from meshd_plugins.builtin.llama.engine.jobs import BackendRefused, Row
 from meshd_plugins.builtin.llama.engine.text import Logprob
 from meshd_plugins.builtin.llama.sampling import Sampling
 from meshd_plugins.builtin.llama.worker.adapters import put_on
+from meshd_plugins.builtin.llama.worker.crowding import Stopwatch, Threads
 from meshd_plugins.builtin.llama.worker.devices import list_devices
 from meshd_plugins.builtin.llama.worker.kv_layout import Layout, LayoutError, learn_layout
 from meshd_plugins.builtin.llama.worker.low_level import import_low_level
+from meshd_plugins.builtin.llama.worker.media_batch import MediaBatch, MediaTable
+from meshd_plugins.builtin.llama.worker.mtmd import MediaEncoder, ProjectorUnusable
 from meshd_plugins.builtin.llama.worker.rpc_client import split_over
 from meshd_plugins.builtin.llama.worker.samplers import Samplers
 from meshd_plugins.builtin.llama.worker.vocabulary import Vocabulary
@@ -49,6 +52,7 @@ class BackendConfig:
     batch_tokens: int = BATCH_TOKENS_MAX  # of one step at most
     flash_attention: str = "auto"  # or on, off
     adapters: tuple[Adapter, ...] = ()  # LoRA, always on
+    projector: str = ""  # of pictures and sounds, as `path`; "": none
     parts: tuple[RemotePart, ...] = ()  # what other nodes hold
     isolation: Message = field(
         default_factory=dict[str, Value]
@@ -123,15 +127,63 @@ class LlamaBackend:
         )
         self._batch = api.llama_batch_init(config.batch_tokens, 0, 1)
         self._slots = config.slots
+        self._tokens_at: list[
+            int
+        ] = []  # of each row of the last batch, where it lay among the tokens
         self.offloads = bool(config.parts) or (config.gpu_layers != 0 and bool(list_devices()))
+        self.media_encoder = self._load_projector(config) if config.projector else None
+        self._media: MediaBatch | None = None
         self.layout: Layout | None = None  # of a sequence's memory; None: it is not handed over
+        self._crowding: Threads | None = None
 
-    def use_threads(self, threads: int) -> None:
-        """From the next batch on."""
+    def _load_projector(self, config: BackendConfig) -> MediaEncoder:
+        try:
+            return MediaEncoder(
+                config.projector,
+                self._model,
+                self._log_callback,
+                max(1, self.threads - 1),  # one stays with the sequences that generate meanwhile
+                gpu=self.offloads,
+                flash_attention=FLASH_ATTENTION[config.flash_attention],
+            )
+        except ProjectorUnusable as error:
+            raise ModelUnusable(str(error)) from None
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What it can take in."""
+        return self.media_encoder.modalities if self.media_encoder is not None else ("text",)
+
+    def read_media_from(self, table: MediaTable) -> None:
+        """Rows with tokens below zero are looked up there."""
+        self._media = MediaBatch(self._api, self._model, self._context, table, self.batch_tokens)
+
+    def adapt_threads(self) -> None:
+        """From now on have as many threads as there are processors for (decision 0033).
+
+        Not while the model is read from a disk: threads that wait for one get little processor time too. Nor where
+        a GPU computes: what those who wait for it use says nothing of how crowded the processors are.
+        """
+        if not self.offloads:
+            self._crowding = Threads(self.threads, self._use_threads)
+
+    @property
+    def threads_now(self) -> int:
+        """Threads that compute the next batch."""
+        return self._crowding.now if self._crowding is not None else self.threads
+
+    def leave_threads(self, threads: int) -> None:
+        """Leave so many to something else in this process, until it is called with 0."""
+        if self._crowding is not None:
+            self._crowding.leave(threads)
+
+    def _use_threads(self, threads: int) -> None:
         self._api.llama_set_n_threads(self._context, threads, threads)
 
     def close(self) -> None:
         """Give everything back; samplers must have been freed."""
+        if self.media_encoder is not None:
+            self.media_encoder.close()
         self._api.llama_batch_free(self._batch)
         self._api.llama_free(self._context)
         self._api.llama_model_free(self._model)
@@ -157,6 +209,26 @@ class LlamaBackend:
 
     def decode(self, rows: Sequence[Row]) -> None:
         """Compute one batch. Raises BackendRefused; RuntimeError when the context is lost."""
+        if any(row.token < 0 for row in rows):
+            rows = self._decode_media(rows)
+        else:
+            self._tokens_at = []
+        if rows:
+            self._decode_tokens(rows)
+
+    def _decode_media(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Compute what is not tokens, and return the rest. What is sampled from must be computed last."""
+        assert self._media is not None, "only requests with media have such tokens"
+        media = [row for row in rows if row.token < 0]
+        assert not any(row.output for row in media), "a prompt does not end with a medium"
+        self._done(self._media.decode(media))
+        self._tokens_at, tokens = [], 0
+        for row in rows:
+            self._tokens_at.append(tokens)
+            tokens += row.token >= 0
+        return [row for row in rows if row.token >= 0]
+
+    def _decode_tokens(self, rows: Sequence[Row]) -> None:
         batch = self._batch
         assert len(rows) <= self.batch_tokens
         for index, row in enumerate(rows):
@@ -166,7 +238,14 @@ class LlamaBackend:
             batch.seq_id[index][0] = row.slot
             batch.logits[index] = row.output
         batch.n_tokens = len(rows)
+        watch = Stopwatch()
         status = self._api.llama_decode(self._context, batch)
+        if self._crowding is not None:
+            self._crowding.stepped(*watch.read())
+        self._done(status)
+
+    @staticmethod
+    def _done(status: int) -> None:
         if status == DECODE_NO_SLOT:
             raise BackendRefused("the context is full")
         if status != 0:
@@ -178,7 +257,7 @@ class LlamaBackend:
 
     def sample(self, sampler: Any, row: int) -> int:
         """Choose the token that follows a row of the last batch, and let the penalties know."""
-        return self.samplers.sample(sampler, self._context, row)
+        return self.samplers.sample(sampler, self._context, self._output(row))
 
     def free_sampler(self, sampler: Any) -> None:
         """Give a chain back, with all that is in it."""
@@ -186,15 +265,19 @@ class LlamaBackend:
 
     def logprob(self, row: int, token: int, count: int) -> Logprob:
         """How likely the token was at a row of the last batch, and the `count` likeliest beside it."""
-        return self.samplers.logprob(self._context, row, token, count)
+        return self.samplers.logprob(self._context, self._output(row), token, count)
 
-    def keep(self, slot: int, tokens: int) -> bool:
-        """Let a slot remember its first tokens only; False: it cannot forget a part, and is empty."""
+    def _output(self, row: int) -> int:
+        """Where llama.cpp has the output of a row: it knows the tokens of the last batch only."""
+        return self._tokens_at[row] if self._tokens_at else row
+
+    def keep(self, slot: int, positions: int) -> bool:
+        """Let a slot remember what is before a position; False: it cannot forget a part, and is empty."""
         forget = self._api.llama_memory_seq_rm
-        if tokens and self._forgets_parts and forget(self._memory, slot, tokens, -1):
+        if positions and self._forgets_parts and forget(self._memory, slot, positions, -1):
             return True
         forget(self._memory, slot, -1, -1)
-        return tokens == 0
+        return positions == 0
 
     def save(self, slot: int) -> SequenceState | None:
         """Copy the memory of a slot."""

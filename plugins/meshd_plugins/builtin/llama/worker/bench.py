@@ -17,6 +17,8 @@ from meshd_plugins.builtin.llama.engine.jobs import Row
 from meshd_plugins.builtin.llama.engine.scheduler import Engine
 from meshd_plugins.builtin.llama.sampling import Sampling
 from meshd_plugins.builtin.llama.worker.backend import LlamaBackend
+from meshd_plugins.builtin.llama.worker.embed_service import Embedding
+from meshd_plugins.builtin.llama.worker.embedding import MEASURE_TEXT_TOKENS, EmbeddingBackend
 from meshd_plugins.workerkit import Link
 
 PREFILL_TOKENS: Final = (128, 512)
@@ -59,7 +61,8 @@ class Bench:
         for sequences in SEQUENCES:
             if sequences <= self._slots:
                 decode[str(sequences)] = self._decode(sequences)
-                self._tell(call_id, f"decode of {sequences} sequences", decode[str(sequences)])
+                what = f"decode of {sequences} sequence{'s' if sequences > 1 else ''}"
+                self._tell(call_id, what, decode[str(sequences)])
         self._empty()
         done: dict[str, Value] = {
             "prefill_tokens_per_s_by_length": prefill,
@@ -122,6 +125,45 @@ class Bench:
             self._backend.sample(sampler, row)
         finally:
             self._backend.free_sampler(sampler)
+
+
+class EmbeddingBench:
+    """The same for a model that makes vectors or scores: texts as at a start, measured again."""
+
+    operations = ("bench",)
+
+    def __init__(self, link: Link, backend: EmbeddingBackend, embedding: Embedding) -> None:
+        self._link = link
+        self._backend = backend
+        self._embedding = embedding
+
+    @property
+    def busy(self) -> bool:
+        """It does all its work in `take`."""
+        return False
+
+    def take(self, call_id: int, message: Mapping[str, Value]) -> None:  # noqa: ARG002  a Part's signature
+        """Measure, all at once."""
+        if self._embedding.busy:
+            text = "the model makes vectors; it is measured when it is idle"
+            self._link.error(call_id, "refused", "busy", text)
+            return
+        figures = self._backend.measure()
+        told = f"texts of {min(MEASURE_TEXT_TOKENS, self._backend.text_tokens)} tokens"
+        self._link.item(call_id, {"measured": told, "rate": round(figures.tokens_per_s, 2)})
+        done: dict[str, Value] = {
+            "embedding": figures.to_wire(),
+            "prefill_tokens_per_s": figures.tokens_per_s,
+            "resident_bytes": resident_bytes(),
+        }
+        self._link.item(call_id, {"done": done})
+        self._link.end(call_id)
+
+    def cancel(self, call_id: int) -> None:
+        """It has ended before it can hear of this."""
+
+    def step(self) -> None:
+        """Nothing is left to do."""
 
 
 def resident_bytes() -> int:

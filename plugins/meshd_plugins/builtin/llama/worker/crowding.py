@@ -47,9 +47,21 @@ class Threads:
         self._wall_s = self._used_s = 0.0
         self._looked_s = 0.0
         self._idle_s = 0.0
+        self._left = 0  # threads that something else in this process has
+
+    def leave(self, threads: int) -> None:
+        """Leave so many to something else in this process, until it is called with 0."""
+        if threads == self._left:
+            return
+        self._left = threads
+        wanted = max(1, self._most - threads)
+        if wanted != self.now:
+            self._set(wanted)
 
     def stepped(self, now_s: float, wall_s: float, used_s: float) -> None:
         """A step ended `now_s`, took `wall_s` and as much processor time as `used_s`."""
+        if self._left:  # what the process used says nothing of these threads
+            return
         self._wall_s += wall_s
         self._used_s += used_s
         if self._wall_s >= LOOK_S:

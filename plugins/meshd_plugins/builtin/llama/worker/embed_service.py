@@ -21,7 +21,6 @@ from typing import Final
 from meshd_plugins.api import Value
 from meshd_plugins.builtin.llama.models.pooling import Pooling
 from meshd_plugins.builtin.llama.worker.batches import BatchFormer, BatchLimits, Member
-from meshd_plugins.builtin.llama.worker.crowding import Stopwatch, Threads
 from meshd_plugins.builtin.llama.worker.embedding import EmbeddingBackend
 from meshd_plugins.builtin.llama.worker.parts import BadCall
 from meshd_plugins.builtin.llama.worker.texts import TextRefused, TextTokeniser
@@ -31,6 +30,7 @@ from meshd_plugins.workerkit import Link
 CALLS_MAX: Final = 64  # that are worked on; beyond it one is refused
 WAITING_CHARACTERS_MAX: Final = 16 * 1024 * 1024  # of the texts of all of them
 SLICE_CHARACTERS: Final = 64 * 1024  # made into tokens between two batches
+RECENT: Final = 0.1  # weight of a batch in the recent rate
 
 
 def _none() -> list[array[int]]:
@@ -57,12 +57,31 @@ class _Embedding:
         return sum(map(len, self.tokens))
 
 
+class EmbeddingPace:
+    """How fast it has been of late.
+
+    Only batches that are at least half full count: a few tokens take as long as many, and would look like a
+    device that has become slow.
+    """
+
+    def __init__(self, measured_tokens_per_s: float, batch_tokens: int) -> None:
+        self.tokens_per_s = measured_tokens_per_s
+        self._tokens_min = batch_tokens / 2
+
+    def stepped(self, tokens: int, took_s: float) -> None:
+        """Take in one batch."""
+        if tokens >= self._tokens_min and took_s > 0.0:
+            self.tokens_per_s += RECENT * (tokens / took_s - self.tokens_per_s)
+
+
 class Embedding:
     """Implements `Part` over one embedding model."""
 
-    def __init__(self, link: Link, backend: EmbeddingBackend, pooling: Pooling) -> None:
+    def __init__(
+        self, link: Link, backend: EmbeddingBackend, pooling: Pooling, tokens_per_s: float
+    ) -> None:
+        """Serve one context, of which so many tokens a second were measured."""
         self._link = link
-        self._threads = None if backend.offloads else Threads(backend.threads, backend.use_threads)
         self._backend = backend
         backend.alive = link.heartbeat
         self._ranks = pooling is Pooling.RANK
@@ -74,6 +93,7 @@ class Embedding:
         self._calls: dict[int, _Embedding] = {}
         self._unread: deque[_Embedding] = deque()  # not all made into tokens yet
         self._former = BatchFormer(BatchLimits(backend.batch_tokens, backend.texts_max))
+        self._pace = EmbeddingPace(tokens_per_s, backend.batch_tokens)
 
     @property
     def busy(self) -> bool:
@@ -107,6 +127,14 @@ class Embedding:
             if embedding in self._unread:
                 self._unread.remove(embedding)
 
+    def status(self) -> dict[str, Value]:
+        """How busy it is, and how fast of late; for `Status`."""
+        return {
+            "calls": len(self._calls),
+            "texts_waiting": sum(len(each.texts) - each.rows for each in self._calls.values()),
+            "prefill_tokens_per_s": round(self._pace.tokens_per_s, 1),
+        }
+
     def step(self) -> None:
         """Make a slice of the texts into tokens, compute one batch, and send its rows."""
         self._read()
@@ -114,10 +142,10 @@ class Embedding:
         if not members:
             return
         texts = [self._calls[member.call].tokens[member.text] for member in members]
-        watch = Stopwatch()
+        began_s = time.monotonic()
         rows = self._backend.compute(texts)
-        if self._threads is not None:
-            self._threads.stepped(*watch.read())
+        took_s = time.monotonic() - began_s
+        self._pace.stepped(sum(member.tokens for member in members), took_s)
         if not all(map(all_finite, rows)):
             # What is no number spreads through sums: the one text that it comes of is found alone.
             rows = [self._backend.compute([text])[0] for text in texts]

@@ -21,6 +21,7 @@ from meshd_plugins.builtin.llama.arguments import Adapter, Arguments
 from meshd_plugins.builtin.llama.models.pooling import Pooling
 from meshd_plugins.builtin.llama.worker.adapters import put_on
 from meshd_plugins.builtin.llama.worker.backend import ModelUnusable, physical_cores
+from meshd_plugins.builtin.llama.worker.crowding import Stopwatch, Threads
 from meshd_plugins.builtin.llama.worker.devices import list_devices
 from meshd_plugins.builtin.llama.worker.low_level import import_low_level
 from meshd_plugins.builtin.llama.worker.vocabulary import Vocabulary
@@ -99,10 +100,12 @@ class EmbeddingBackend:
         self.vocabulary = Vocabulary(api, self._model)
         self.threads = load.threads or physical_cores()
         self.offloads = load.gpu_layers != 0 and bool(list_devices())
+        self._crowding: Threads | None = None
         usual = BATCH_TOKENS_GPU if self.offloads else BATCH_TOKENS
         self.text_tokens = self._longest_text(load)
         self.batch_tokens = min(load.batch_tokens, usual)
-        self._context = self._make_context(load, max(self.batch_tokens, self.text_tokens))
+        self.step_tokens = max(self.batch_tokens, self.text_tokens)  # of the longest batch
+        self._context = self._make_context(load, self.step_tokens)
         put_on(api, self._model, self._context, load.adapters)
         self._short_tokens = self.batch_tokens  # computed before anybody asks for a sign of life
         self.alive: Callable[[], None] = _nothing
@@ -113,8 +116,12 @@ class EmbeddingBackend:
         ranks = load.pooling is Pooling.RANK
         self.dimensions = 1 if ranks else int(api.llama_model_n_embd_out(self._model))
 
-    def use_threads(self, threads: int) -> None:
-        """From the next batch on."""
+    def adapt_threads(self) -> None:
+        """From now on have as many threads as there are processors for; see `LlamaBackend.adapt_threads`."""
+        if not self.offloads:
+            self._crowding = Threads(self.threads, self._use_threads)
+
+    def _use_threads(self, threads: int) -> None:
         self.api.llama_set_n_threads(self._context, threads, threads)
 
     def _longest_text(self, load: EmbeddingLoad) -> int:
@@ -180,7 +187,10 @@ class EmbeddingBackend:
         long = count > self._short_tokens
         if long:
             api.llama_set_abort_callback(self._context, self._between, None)
+        watch = Stopwatch()
         status = compute(self._context, batch)
+        if self._crowding is not None:
+            self._crowding.stepped(*watch.read())
         if long:
             api.llama_set_abort_callback(self._context, self._never, None)
         if status != 0:
@@ -204,6 +214,8 @@ class EmbeddingBackend:
         """Warm up (the first batch reads the model from disk) and time batches of short texts."""
         tokens = min(MEASURE_TEXT_TOKENS, self.text_tokens)
         text = [(7 * n + 5) % self.vocabulary.size for n in range(tokens)]
+        self.compute([text])
+        self.adapt_threads()
         self.compute([text])
         texts = [text] * max(1, min(self.texts_max, self.batch_tokens // tokens))
         batches = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Final, assert_never
 
 from meshd_plugins.api import Value
@@ -18,11 +19,10 @@ from meshd_plugins.builtin.llama.prompt.conversation import (
     Prepared,
     RequestUnusable,
 )
-from meshd_plugins.builtin.llama.prompt.special import MessageCutter
+from meshd_plugins.builtin.llama.prompt.special import Medium, MessageCutter
 from meshd_plugins.builtin.llama.prompt.template import ChatTemplate
 from meshd_plugins.builtin.llama.sampling import Sampling
 from meshd_plugins.builtin.llama.worker.backend import LlamaBackend
-from meshd_plugins.builtin.llama.worker.crowding import Stopwatch, Threads
 from meshd_plugins.builtin.llama.worker.measure import (
     ALONE_S,
     CHUNK_S,
@@ -30,6 +30,7 @@ from meshd_plugins.builtin.llama.worker.measure import (
     Measured,
     chunk_tokens,
 )
+from meshd_plugins.builtin.llama.worker.media import MediaReader
 from meshd_plugins.builtin.llama.worker.parts import BadCall
 from meshd_plugins.builtin.llama.worker.samplers import GrammarUnusable
 from meshd_plugins.workerkit import Link
@@ -45,7 +46,19 @@ class _Answer:
     seed: int
     received_s: float
     reader: AnswerReader | None  # None: all of it is text
+    unenforced: tuple[str, ...] = ()  # places of keywords that it is not held to
     first_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """One call whose media are being read."""
+
+    prepared: Prepared
+    sampling: Sampling
+    scope: Scope
+    tag: bytes
+    received_s: float
 
 
 class Pace:
@@ -102,8 +115,11 @@ class Generation:
         self._answers: dict[int, _Answer] = {}
         self.pace = Pace(measured)
         self._chunk = chunk
-        # A GPU is waited for: what its waiters use says nothing of how crowded the processors are.
-        self._threads = None if backend.offloads else Threads(backend.threads, backend.use_threads)
+        self._reading: dict[int, _Reading] = {}
+        self._media: MediaReader | None = None
+        if backend.media_encoder is not None:
+            self._media = MediaReader(backend.media_encoder, link.wake, backend.batch_tokens)
+            backend.read_media_from(self._media.embeddings)
         self._size_chunks()
 
     @property
@@ -113,33 +129,80 @@ class Generation:
 
     def take(self, call_id: int, message: Mapping[str, Value]) -> None:
         """Begin an answer. Raises BadCall."""
-        sampling, prompt, reader = self._prepare(message)
+        sampling, prepared = self._prepare(message)
         tags, caller, privacy = (message.get(name) for name in ("tags", "caller", "privacy"))
         tag = tags[-1] if isinstance(tags, Sequence) and tags else b""
         scope = Scope(str(caller or ""), privacy if isinstance(privacy, int) else Scope().privacy)
-        job = Job(call_id, tuple(prompt), sampling, scope, tag if isinstance(tag, bytes) else b"")
+        tag = tag if isinstance(tag, bytes) else b""
+        reading = _Reading(prepared, sampling, scope, tag, time.monotonic())
+        media = message.get("media")
+        if not media:
+            self._submit(call_id, reading, ())
+            return
+        if self._media is None:
+            raise BadCall("this model reads text only", "unsupported_modality")
+        assert isinstance(media, Sequence)
+        blobs = [each for each in media if isinstance(each, bytes)]
+        if self._media.begin(call_id, scope.caller, blobs):
+            self._reading[call_id] = reading
+        else:
+            self._refuse(call_id)
+
+    def _submit(self, call_id: int, reading: _Reading, media: Sequence[tuple[int, ...]]) -> None:
+        """Hand a call to the engine. Raises BadCall."""
+        prompt = self._tokens(reading.prepared, media)
+        job = Job(call_id, tuple(prompt), reading.sampling, reading.scope, reading.tag)
         try:
             self._engine.submit(job)
         except EngineFull:
-            self._link.error(call_id, "refused", "busy", "too many requests wait for this model")
+            self._refuse(call_id)
         else:
-            self._answers[call_id] = _Answer(sampling.seed, time.monotonic(), reader)
+            prepared = reading.prepared
+            self._answers[call_id] = _Answer(
+                reading.sampling.seed, reading.received_s, prepared.reader, prepared.unenforced
+            )
+
+    def _refuse(self, call_id: int) -> None:
+        self._link.error(call_id, "refused", "busy", "too many requests wait for this model")
+        self._forget_media(call_id)
+
+    def _forget_media(self, call_id: int) -> None:
+        if self._media is not None:
+            self._media.embeddings.ended(call_id)
 
     def cancel(self, call_id: int) -> None:
         """Its slot is free at once."""
         if self._answers.pop(call_id, None) is not None:
             self._engine.cancel(call_id)
+        if self._media is not None:
+            self._reading.pop(call_id, None)
+            self._media.cancel(call_id)
+
+    def _take_read(self, reader: MediaReader) -> None:
+        """Go on with the calls whose media were read."""
+        for read in reader.ready():
+            reading = self._reading.pop(read.call, None)
+            if reading is None:
+                self._forget_media(read.call)
+                continue
+            try:
+                if read.wrong:
+                    raise BadCall(read.wrong, "bad_medium")
+                self._submit(read.call, reading, read.tokens)
+            except BadCall as error:
+                self._link.error(read.call, "bad_request", error.code, str(error))
+                self._forget_media(read.call)
+        self._backend.leave_threads(reader.threads if reader.encoding else 0)
 
     def step(self) -> None:
         """Compute one batch."""
+        if self._media is not None:
+            self._take_read(self._media)
         if not self._engine.busy:
             return
-        watch = Stopwatch()
+        began_s = time.monotonic()
         outputs = self._engine.step()
-        now_s, took_s, used_s = watch.read()
-        self.pace.stepped(self._engine.last_step, took_s)
-        if self._threads is not None:
-            self._threads.stepped(now_s, took_s, used_s)
+        self.pace.stepped(self._engine.last_step, time.monotonic() - began_s)
         self._size_chunks()
         for output in outputs:
             self._give(output)
@@ -155,10 +218,8 @@ class Generation:
         engine.chunk_tokens = self._chunk or chunk_tokens(rate, CHUNK_S, beside)
         engine.alone_tokens = self._chunk or chunk_tokens(rate, ALONE_S, most)
 
-    def _prepare(
-        self, message: Mapping[str, Value]
-    ) -> tuple[Sampling, list[int], AnswerReader | None]:
-        """Return the parameters, the prompt's tokens and who reads the answer. Raises BadCall."""
+    def _prepare(self, message: Mapping[str, Value]) -> tuple[Sampling, Prepared]:
+        """Return the parameters and the prompt. Raises BadCall."""
         wire = message["sampling"]
         assert isinstance(wire, Mapping)
         try:
@@ -169,9 +230,7 @@ class Generation:
             raise BadCall(str(error), error.code) from None
         except GrammarUnusable as error:
             raise BadCall(str(error), "unsupported_grammar") from None
-        tokens = self._tokens(prepared)
-        sampling = replace(Sampling.from_wire(wire), constraint=prepared.constraint)
-        return sampling, tokens, prepared.reader
+        return replace(Sampling.from_wire(wire), constraint=prepared.constraint), prepared
 
     def shared_tokens(self, system: str) -> tuple[int, ...]:
         """What every conversation with this system message begins with; () when it cannot be rendered."""
@@ -180,20 +239,32 @@ class Generation:
             messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
             try:
                 prepared = self.conversations.prepare({"operation": "chat", "messages": messages})
-                both.append(self._tokens(prepared))
+                both.append(self._tokens(prepared, ()))
             except (RequestUnusable, BadCall):
                 return ()
         return tuple(both[0][: common_prefix(*both)])
 
-    def _tokens(self, prepared: Prepared) -> list[int]:
-        vocabulary = self._backend.vocabulary
-        tokens = vocabulary.tokenise(prepared.pieces, parse_special=prepared.special)
+    def _tokens(self, prepared: Prepared, media: Sequence[tuple[int, ...]]) -> list[int]:
+        """The prompt, with what stands for its media in their places. Raises BadCall."""
+        tokens: list[int] = []
+        for is_medium, group in groupby(prepared.parts, lambda part: isinstance(part, Medium)):
+            if is_medium:
+                tokens += [
+                    t for part in group if isinstance(part, Medium) for t in media[part.number]
+                ]
+                continue
+            pieces = [part for part in group if isinstance(part, str)]
+            tokens += self._backend.vocabulary.tokenise(
+                pieces, parse_special=prepared.special, begins=not tokens
+            )
         room = self._backend.context_tokens
         if len(tokens) >= room:
             text = f"the prompt has {len(tokens)} tokens and the context of this model holds {room}"
             raise BadCall(text, "context_length_exceeded")
         if not tokens:
             raise BadCall("the prompt is empty", "bad_request")
+        if tokens[-1] < 0:
+            raise BadCall("there must be text behind the last picture or sound", "bad_request")
         return tokens
 
     def _give(self, output: Output) -> None:
@@ -212,9 +283,11 @@ class Generation:
                 self._link.item(job, {"done": _summary(output, answer)})
                 self._link.end(job)
                 del self._answers[job]
+                self._forget_media(job)
             case Broken(job=job, message=message):
                 self._link.error(job, "failed", "failed", message)
                 del self._answers[job]
+                self._forget_media(job)
             case _:
                 assert_never(output)
 
@@ -260,4 +333,5 @@ def _summary(finished: Finished, answer: _Answer) -> dict[str, Value]:
         "decode_tokens_per_s": round((finished.completion_tokens - 1) / (now_s - first_s), 1)
         if finished.completion_tokens > 1 and now_s > first_s
         else 0.0,
+        **({"unenforced": answer.unenforced} if answer.unenforced else {}),
     }

@@ -53,6 +53,9 @@ def measure(backend: LlamaBackend, slots: int) -> Measured:
     backend.decode([Row(position, position, 0, output=position == 7) for position in range(8)])
     slow = time.monotonic() - started_s > 1.0
     backend.learn_layout(0)
+    backend.adapt_threads()
+    # Short, so that a crowded machine is noticed: there a long prompt with too many threads takes many seconds.
+    backend.decode([Row(108, 8, 0, output=True)])
     tokens = 8 if slow else MEASURE_PREFILL_TOKENS
     for slot in range(slots):
         backend.keep(slot, 0)

@@ -8,10 +8,11 @@ from typing import Final, NoReturn, Protocol, assert_never
 
 from meshd_plugins.api import Value
 from meshd_plugins.builtin.llama.models.digest import Mark
-from meshd_plugins.workerkit import Call, Cancel, Closed, Incoming, Link
+from meshd_plugins.workerkit import Call, Cancel, Closed, Incoming, Link, Woken
 
 EXIT_MODEL_UNUSABLE: Final = 4
 EXIT_MODEL_CHANGED: Final = 5
+EXIT_MEDIA: Final = 6
 IDLE_WAIT_S: Final = 1.0
 
 
@@ -94,7 +95,7 @@ class Service:
             case Cancel(id=call_id):
                 for part in self._parts:
                     part.cancel(call_id)
-            case Closed():
+            case Woken() | Closed():
                 pass
             case _:
                 assert_never(incoming)

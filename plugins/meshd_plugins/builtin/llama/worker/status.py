@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from meshd_plugins.api import Value
@@ -22,11 +22,16 @@ class Status:
 
     operations = ("status",)
 
-    def __init__(self, link: Link, engine: Engine[Any, Any], pace: Pace, tokens_max: int) -> None:
+    def __init__(
+        self,
+        link: Link,
+        now: Callable[[], dict[str, Value]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Tell what `now` returns; `clock` says seconds."""
         self._link = link
-        self._engine = engine
-        self._pace = pace
-        self._tokens_max = tokens_max
+        self._now = now
+        self._clock = clock
         self._calls: list[int] = []
         self._told: dict[str, Value] = {}
         self._told_s = 0.0
@@ -48,7 +53,7 @@ class Status:
 
     def step(self) -> None:
         """Tell what changed."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         if not self._calls or now_s - self._told_s < INTERVAL_S:
             return
         self._told_s = now_s
@@ -58,20 +63,21 @@ class Status:
             for call_id in self._calls:
                 self._link.item(call_id, status)
 
-    def _now(self) -> dict[str, Value]:
-        engine = self._engine
-        warm = [w for w in engine.warm() if w.tokens >= REUSE_TOKENS_MIN][-WARM_MAX:]
-        return {
-            "slots_busy": len(engine.slots.all) - engine.free_slots,
-            "waiting": engine.waiting,
-            "kv_tokens": engine.slots.held_tokens,
-            "kv_tokens_max": self._tokens_max,
-            "kept_bytes": engine.kept_bytes,
-            "reused_tokens": engine.reused_tokens,
-            "warm": [_row(entry) for entry in reversed(warm)],
-            "decode_tokens_per_s": round(self._pace.decode_tokens_per_s, 1),
-            "prefill_tokens_per_s": round(self._pace.prefill_tokens_per_s, 1),
-        }
+
+def generation_status(engine: Engine[Any, Any], pace: Pace, tokens_max: int) -> dict[str, Value]:
+    """Of a model that writes."""
+    warm = [w for w in engine.warm() if w.tokens >= REUSE_TOKENS_MIN][-WARM_MAX:]
+    return {
+        "slots_busy": len(engine.slots.all) - engine.free_slots,
+        "waiting": engine.waiting,
+        "kv_tokens": engine.slots.held_tokens,
+        "kv_tokens_max": tokens_max,
+        "kept_bytes": engine.kept_bytes,
+        "reused_tokens": engine.reused_tokens,
+        "warm": [_row(entry) for entry in reversed(warm)],
+        "decode_tokens_per_s": round(pace.decode_tokens_per_s, 1),
+        "prefill_tokens_per_s": round(pace.prefill_tokens_per_s, 1),
+    }
 
 
 def _row(warm: Warm) -> list[Value]:

@@ -22,6 +22,17 @@ MARKERS: Final = frozenset(
         "[CALL_ID]",
         "<|python_tag|>",
         "<|tool_call|>",
+        "<arg_key>",
+        "</arg_key>",
+        "<arg_value>",
+        "</arg_value>",
+        "<minimax:tool_call>",
+        "</minimax:tool_call>",
+        "<\uff5ctool▁calls▁begin\uff5c>",
+        "<\uff5ctool▁calls▁end\uff5c>",
+        "<\uff5ctool▁call▁begin\uff5c>",
+        "<\uff5ctool▁call▁end\uff5c>",
+        "<\uff5ctool▁sep\uff5c>",
     }
 )
 """Tokens that say what a part of an answer is: they are read there, though some vocabularies hide them."""
@@ -82,13 +93,16 @@ class Vocabulary:
             )
         return buffer.raw[: max(length, 0)]
 
-    def tokenise(self, pieces: Sequence[str], *, parse_special: bool) -> list[int]:
+    def tokenise(
+        self, pieces: Sequence[str], *, parse_special: bool, begins: bool = True
+    ) -> list[int]:
         """Return the tokens of a prompt, in pieces between which no token reaches.
 
-        A beginning-of-text token that the first piece has already is not doubled.
+        A beginning-of-text token that the first piece has already is not doubled. `begins`: the prompt begins
+        with it.
         """
         beginning = self.special_tokens["bos_token"]
-        add_special = not (
+        add_special = begins and not (
             parse_special and beginning and "".join(pieces[:1]).startswith(beginning)
         )
         tokens: list[int] = []
