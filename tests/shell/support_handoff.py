@@ -139,6 +139,9 @@ class Counting:
         self.import_error: Exception | None = None
         self.warm_error: Exception | None = None
         self.begun = 0
+        self.exported: Exported | None = None  # the last one
+        self.refuses = False  # once it has said what it hands out
+        self.let_go = 0  # exports that are over
 
     def keep(self, state: Kept) -> None:
         self.states[state.head.tag] = state
@@ -162,7 +165,13 @@ class Counting:
             raise Refused("another's", code="caller")
         if self.checks and away > state.head.privacy:
             raise Refused("too far", code="privacy")
-        yield Exported(state.head, self.spoil(state.data), self.pause)
+        self.exported = Exported(
+            state.head, self.spoil(state.data), self.pause, refuses=self.refuses
+        )
+        try:
+            yield self.exported
+        finally:
+            self.let_go += 1
 
     async def import_prefix(self, head: PrefixHead, data: AsyncIterable[bytes]) -> int:
         self.begun += 1
@@ -192,9 +201,12 @@ class Exported:
     data: bytes
     pause: trio.Event
     at: int = 0
+    refuses: bool = False
 
     async def receive(self) -> bytes | None:
         await trio.lowlevel.checkpoint()
+        if self.refuses:
+            raise Refused("it is gone")
         if self.at:
             await self.pause.wait()
         piece = self.data[self.at : self.at + 100_000]

@@ -32,7 +32,13 @@ from meshd.core.frames import WarmHint
 from meshd.core.handoff import HandoffConfig, Reason
 from meshd.orchestrate.callers import Caller
 from meshd.orchestrate.handoff import GIVEN_MAX, KV_ID
-from meshd.shell.streams import CallHeader, IncomingCall, RemoteFailed, RemoteRefused
+from meshd.shell.streams import (
+    CallHeader,
+    IncomingCall,
+    OutgoingCall,
+    RemoteFailed,
+    RemoteRefused,
+)
 from meshd_cms import NodeId
 from meshd_plugins.api import Privacy, Refused, Value
 
@@ -445,6 +451,65 @@ async def test_what_a_capability_has_not_reported_yet_is_handed_over(tmp_path: P
         holder.capability.keep(kept(str(caller)))
         holder.capability.reports = False
         assert await server.ask(request(TAG), caller, hint(holder)) == FETCHED
+
+
+async def drained(call: OutgoingCall) -> None:
+    while await call.receive() is not None:
+        pass
+
+
+LARGE_TOKENS = 20_000  # 10 MB: more than any window on the way
+
+
+@trio_test
+async def test_of_a_state_that_nobody_takes_little_is_read_and_soon_nothing_is_held(
+    tmp_path: Path,
+) -> None:
+    async with nodes(tmp_path, config=HandoffConfig(taken_s_max=0.2)) as (holder, asker):
+        holder.capability.keep(kept(str(Caller(asker.id)), tokens=LARGE_TOKENS))
+        async with asker.peer.streams.call(
+            holder.id, holder.peer.address, question(asker), {**BODY, "m": 10**8}
+        ) as call:
+            await call.receive()  # the head, and no more
+            while not holder.audit.lines:
+                await trio.lowlevel.checkpoint()
+            assert [line["outcome"] for line in holder.audit.lines] == ["deadline_exceeded"]
+            assert holder.capability.let_go == 1
+            exported = holder.capability.exported
+            assert exported is not None
+            assert exported.at < 2 * 1024 * 1024
+            with pytest.raises(RemoteFailed, match="does not take it"):
+                await drained(call)
+
+
+@trio_test
+async def test_one_that_comes_too_slowly_is_let_go(tmp_path: Path) -> None:
+    async with nodes(tmp_path, config=HandoffConfig(given_s_max=0.2)) as (holder, asker):
+        holder.capability.keep(kept(str(Caller(asker.id)), tokens=LARGE_TOKENS))
+        holder.capability.pause = trio.Event()
+        with pytest.raises(RemoteFailed, match="takes too long"):
+            await raw(asker, holder, question(asker), {**BODY, "m": 10**8})
+        assert holder.capability.let_go == 1
+
+
+@trio_test
+async def test_a_large_state_arrives_whole(tmp_path: Path) -> None:
+    async with nodes(tmp_path) as (holder, asker):
+        state = kept(str(Caller(asker.id)), tokens=LARGE_TOKENS)
+        holder.capability.keep(state)
+        head, *pieces = (await raw(asker, holder, question(asker), {**BODY, "m": 10**8}))[0]
+        assert b"".join(piece for piece in pieces if isinstance(piece, bytes)) == state.data
+        assert isinstance(head, dict)
+        assert head["b"] == len(state.data)
+
+
+@trio_test
+async def test_what_is_refused_after_its_head_was_sent_is_a_failure(tmp_path: Path) -> None:
+    async with nodes(tmp_path) as (holder, asker):
+        holder.capability.keep(kept(str(Caller(asker.id))))
+        holder.capability.refuses = True
+        with pytest.raises(RemoteFailed, match="it is gone"):
+            await raw(asker, holder, question(asker), BODY)
 
 
 @trio_test

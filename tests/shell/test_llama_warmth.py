@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import pytest
 import trio
 import trio.testing
 
-from meshd_plugins.api import Failed, PrefixHead, Privacy, Refused, Value, WarmPrefix, WorkerSpec
+from meshd_plugins.api import (
+    Failed,
+    PrefixHead,
+    Privacy,
+    Refused,
+    Value,
+    WarmPrefix,
+    WorkerCall,
+    WorkerSpec,
+)
 from meshd_plugins.builtin.llama.serving.warmth import (
     AGAIN_S,
+    AHEAD_BYTES,
     AHEAD_CALLS,
-    EXPORT_BYTES_MAX,
-    GATHERED_BYTES,
+    ANSWER_S,
+    PIECE_BYTES,
+    STATE_BYTES_MAX,
     WarmPrefixes,
     keeps_prefixes,
     kv_bytes_per_token,
@@ -50,12 +62,12 @@ class Script:
     """A worker that does as it should, unless told otherwise."""
 
     head: Mapping[str, Value] = field(default_factory=lambda: HEAD)
-    data: bytes = DATA
-    piece_bytes: int = 1 << 20
+    read: Callable[[int, int], bytes] = lambda at, size: DATA[at : at + size]
     warm: Value = field(default_factory=lambda: [[TAG, 300]])
     refuses: str = ""  # this operation
     asked: list[Mapping[str, Value]] = field(default_factory=list[Mapping[str, Value]])
     taken: bytearray = field(default_factory=bytearray)
+    worker: FakeWorker | None = None
 
     def __call__(self, message: Mapping[str, Value], /) -> Sequence[Mapping[str, Value]]:
         self.asked.append(message)
@@ -66,9 +78,13 @@ class Script:
             case "status":
                 return [{"slots_busy": 1, "warm": self.warm}]
             case "kv_export":
-                pieces = range(0, len(self.data), self.piece_bytes)
-                data = [{"data": self.data[at : at + self.piece_bytes]} for at in pieces]
-                return [{"head": self.head}, *data]
+                return [{"head": self.head, "export": 5}]
+            case "kv_read":
+                at, size = message["at"], message["bytes"]
+                assert message["export"] == 5
+                assert isinstance(at, int)
+                assert isinstance(size, int)
+                return [{"data": self.read(at, size)}]
             case "kv_begin":
                 return [{"import": 7}]
             case "kv_data":
@@ -85,7 +101,8 @@ class Script:
         return [message["operation"] for message in self.asked]
 
     def prefixes(self, hello: Mapping[str, Value] = HELLO) -> WarmPrefixes:
-        return WarmPrefixes(FakeWorker(WorkerSpec("fake", ()), self, hello))
+        self.worker = FakeWorker(WorkerSpec("fake", ()), self, hello)
+        return WarmPrefixes(self.worker)
 
 
 async def pieces_of(data: bytes, size: int) -> AsyncGenerator[bytes, None]:
@@ -152,11 +169,15 @@ def test_what_a_worker_says_of_it_is_bounded_and_checked(
 
 
 @pytest.mark.parametrize("said", [0, -1, True, "many", None, 2**40])
-def test_a_worker_that_hands_nothing_over_is_asked_nothing(said: Value) -> None:
+def test_a_worker_that_hands_nothing_over_keeps_nothing_warm(said: Value) -> None:
     async def test() -> None:
-        script = Script()
-        await script.prefixes({"kv_bytes_per_token": said}).run()
-        assert script.asked == []
+        prefixes = Script().prefixes({"kv_bytes_per_token": said})
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(prefixes.run)
+            await trio.sleep(AGAIN_S / 2)
+            assert prefixes.status["slots_busy"] == 1
+            assert prefixes.warm() == ()
+            nursery.cancel_scope.cancel()
 
     assert not keeps_prefixes({"kv_bytes_per_token": said})
     assert kv_bytes_per_token({}) == 0
@@ -168,7 +189,82 @@ def test_a_state_is_handed_out_with_its_head() -> None:
         script = Script()
         head, data = await export(script)
         assert (head, data) == (PREFIX, DATA)
-        assert script.asked == [{"operation": "kv_export", "tag": TAG, "caller": CALLER}]
+        assert script.asked[0] == {"operation": "kv_export", "tag": TAG, "caller": CALLER}
+        assert set(script.operations[1:]) == {"kv_read"}
+
+    run(test)
+
+
+def test_no_more_of_a_state_is_asked_for_than_is_taken_however_large_it_is() -> None:
+    async def test() -> None:
+        size = 100 * AHEAD_BYTES + 1
+        script = Script({**HEAD, "bytes": size}, read=lambda _at, size: bytes(size))
+        taken = 0
+        async with script.prefixes().export_prefix(TAG, CALLER, Privacy.LAN) as exported:
+            while (data := await exported.receive()) is not None:
+                asked = [m["bytes"] for m in script.asked if m["operation"] == "kv_read"]
+                assert sum(each for each in asked if isinstance(each, int)) <= taken + AHEAD_BYTES
+                assert len(data) <= PIECE_BYTES
+                taken += len(data)
+        assert taken == size
+
+    run(test)
+
+
+def test_one_who_takes_no_more_asks_for_no_more() -> None:
+    async def test() -> None:
+        script = Script({**HEAD, "bytes": 100 * AHEAD_BYTES}, read=lambda _at, size: bytes(size))
+        async with script.prefixes().export_prefix(TAG, CALLER, Privacy.LAN) as exported:
+            assert await exported.receive() is not None
+            await trio.sleep(60.0)
+        assert script.operations.count("kv_read") == AHEAD_CALLS
+
+    run(test)
+
+
+class Silent(FakeWorker):
+    """Answers no call of one operation."""
+
+    operation: Value = ""
+
+    @asynccontextmanager
+    async def _call(self, message: Mapping[str, Value]) -> AsyncGenerator[WorkerCall, None]:
+        async with super()._call(message) as call:
+            yield Never() if message["operation"] == self.operation else call
+
+
+class Never:
+    async def receive(self) -> Mapping[str, Value] | None:
+        await trio.sleep_forever()
+        return None
+
+
+async def handed_over(prefixes: WarmPrefixes, *, out: bool) -> None:
+    if out:
+        async with prefixes.export_prefix(TAG, CALLER, Privacy.LAN) as exported:
+            await exported.receive()
+    else:
+        await prefixes.import_prefix(PREFIX, pieces_of(DATA, 1 << 20))
+
+
+@pytest.mark.parametrize("operation", ["kv_export", "kv_read", "kv_begin", "kv_data", "kv_commit"])
+def test_a_worker_that_does_not_answer_is_waited_for_a_while(operation: str) -> None:
+    async def test() -> None:
+        worker = Silent(WorkerSpec("fake", ()), Script(), HELLO)
+        worker.operation = operation
+        prefixes = WarmPrefixes(worker)
+        with pytest.raises(Failed) as caught:
+            await handed_over(prefixes, out=operation in ("kv_export", "kv_read"))
+        assert caught.value.code == "deadline_exceeded"
+        assert ANSWER_S <= trio.current_time() < 2 * ANSWER_S + 2
+
+    run(test)
+
+
+def test_what_a_worker_refuses_when_it_has_begun_is_a_failure() -> None:
+    async def test() -> None:
+        with pytest.raises(Failed):  # Refused would say that another may be asked for it
+            await export(Script(refuses="kv_read"))
 
     run(test)
 
@@ -209,7 +305,7 @@ def test_a_state_goes_no_further_than_its_class(
         {"hash": b"short"},
         {"bytes": 0},
         {"bytes": "all"},
-        {"bytes": EXPORT_BYTES_MAX + 1},
+        {"bytes": STATE_BYTES_MAX + 1},
     ],
 )
 def test_a_head_that_makes_no_sense_is_a_failure(change: dict[str, Value]) -> None:
@@ -223,10 +319,9 @@ def test_a_head_that_makes_no_sense_is_a_failure(change: dict[str, Value]) -> No
 @pytest.mark.parametrize(
     "script",
     [
-        Script(data=DATA[:-1]),
-        Script(data=DATA + b"x"),
-        Script(data=b""),
-        Script(piece_bytes=len(DATA)),
+        Script(read=lambda at, size: DATA[at : at + size - 1]),
+        Script(read=lambda at, size: DATA[at : at + size] + b"x"),
+        Script(read=lambda _at, _size: b""),
     ],
 )
 def test_a_state_that_is_not_as_long_as_it_said_is_a_failure(script: Script) -> None:
@@ -240,7 +335,7 @@ def test_a_state_that_is_not_as_long_as_it_said_is_a_failure(script: Script) -> 
 def test_small_pieces_are_gathered() -> None:
     async def test() -> None:
         script = Script()
-        whole = DATA * (2 * AHEAD_CALLS * GATHERED_BYTES // len(DATA))
+        whole = DATA * (2 * AHEAD_CALLS * PIECE_BYTES // len(DATA))
         head = replace(PREFIX, size_bytes=len(whole))
         await script.prefixes().import_prefix(head, pieces_of(whole, 128 * 1024))
         assert bytes(script.taken) == whole
@@ -267,7 +362,7 @@ def test_a_state_is_taken_in_in_order_whatever_its_pieces(piece_bytes: int) -> N
 
 
 async def breaking(error: Exception) -> AsyncGenerator[bytes, None]:
-    yield DATA[:GATHERED_BYTES]
+    yield DATA[:PIECE_BYTES]
     raise error
 
 
@@ -280,8 +375,9 @@ def test_what_the_bytes_raise_is_passed_on_and_nothing_is_kept() -> None:
         script = Script()
         with pytest.raises(Stop):
             await script.prefixes().import_prefix(PREFIX, breaking(Stop("enough")))
-        assert script.operations == ["kv_begin", "kv_data", "kv_abort"]
-        assert script.asked[-1]["import"] == 7
+        assert script.operations == ["kv_begin", "kv_data"]
+        assert script.worker is not None
+        assert script.worker.open_calls == [], "so the worker forgets it"
 
     run(test)
 
@@ -293,7 +389,9 @@ def test_a_worker_that_refuses_ends_it(operation: str) -> None:
         with pytest.raises(Refused) as caught:
             await script.prefixes().import_prefix(PREFIX, pieces_of(DATA, 1 << 20))
         assert caught.value.code == "no_room"
-        assert ("kv_abort" in script.operations) == (operation != "kv_begin")
+        assert script.operations[-1] == operation
+        assert script.worker is not None
+        assert script.worker.open_calls == []
 
     run(test)
 
@@ -304,12 +402,16 @@ def test_one_who_leaves_in_the_middle_takes_it_back() -> None:
         never = trio.Event()
 
         async def slow() -> AsyncGenerator[bytes, None]:
-            yield DATA[:GATHERED_BYTES]
+            yield DATA[:PIECE_BYTES]
+            assert script.worker is not None
+            assert "kv_begin" in script.worker.open_calls, "it stays open as long as it goes on"
             await never.wait()
 
         with trio.move_on_after(1.0):
             await script.prefixes().import_prefix(PREFIX, slow())
-        assert script.operations == ["kv_begin", "kv_data", "kv_abort"]
+        assert script.operations == ["kv_begin", "kv_data"]
+        assert script.worker is not None
+        assert script.worker.open_calls == []
 
     run(test)
 

@@ -231,6 +231,23 @@ def test_a_caller_that_does_not_read_loses_only_its_own_call() -> None:
     run(body)
 
 
+def test_what_one_call_has_unread_is_bounded_in_bytes_too() -> None:
+    async def body() -> None:
+        config = SupervisorConfig(call_bytes_max=100_000)
+        async with supervisor(config).worker(fake_worker()) as worker:
+            async with worker.call({"do": "echo", "text": "x" * 30_000}) as small:
+                assert len(await read_all(small)) == 1
+            long = " ".join("x" * 30_000 for _ in range(4))
+            async with worker.call({"do": "echo", "text": long}) as large:
+                assert await ask(worker, do="echo", text="fine") == [{"word": "fine"}]
+                with pytest.raises(Failed) as slow:
+                    await read_all(large)
+            assert slow.value.code == "slow_consumer"
+            assert await ask(worker, do="echo", text="still") == [{"word": "still"}]
+
+    run(body)
+
+
 def test_too_many_calls_and_too_large_a_request_are_refused_at_once() -> None:
     async def body() -> None:
         config = SupervisorConfig(calls_max=1)

@@ -27,10 +27,10 @@ from typing import Final
 import trio
 
 from meshd.shell.sandbox import Isolation, ProcessView, observe_isolation, worker_environment
+from meshd.shell.worker_calls import PendingCall
 from meshd.shell.worker_ends import describe_exit, error_from, oom_kills, open_pid, wide_pipe
 from meshd_plugins.api import (
     BadRequest,
-    CapabilityError,
     Failed,
     Logger,
     Refused,
@@ -66,6 +66,7 @@ class SupervisorConfig:
     calls_max: int = 256  # open at once; beyond it a call is refused
     outbox_frames_max: int = 512  # waiting to be read by the worker; beyond it a call is refused
     call_messages_max: int = 4096  # unread answers of one call; beyond it that call is cancelled
+    call_bytes_max: int = 64 * 1024 * 1024  # the same, as bytes of their frames
     stderr_lines_max: int = 20  # kept for the message when it dies
 
 
@@ -132,45 +133,6 @@ class ProcessSupervisor:
         return tuple(worker.status() for worker in self._workers.values())
 
 
-class _Call:
-    """One exchange: a bounded queue of messages, and how it ended."""
-
-    def __init__(self, call_id: int, messages_max: int) -> None:
-        self.id = call_id
-        self.ended = False
-        self._error: CapabilityError | None = None
-        self._send, self._receive = trio.open_memory_channel[Mapping[str, Value]](messages_max)
-
-    async def receive(self) -> Mapping[str, Value] | None:
-        """Next message, None at the end; raises how it failed, after what came before that."""
-        try:
-            return await self._receive.receive()
-        except trio.EndOfChannel:
-            if self._error is not None:
-                raise self._error from None
-            return None
-
-    def put(self, message: Mapping[str, Value]) -> bool:
-        """Queue a message for the caller; False when it does not keep up."""
-        try:
-            self._send.send_nowait(message)
-        except trio.WouldBlock:
-            return False
-        return True
-
-    def end(self, error: CapabilityError | None = None) -> None:
-        """Let the caller see the end once it has read what is queued."""
-        if not self.ended:
-            self.ended = True
-            self._error = error
-            self._send.close()
-
-    def close(self) -> None:
-        """The caller is gone."""
-        self.end()
-        self._receive.close()
-
-
 class _ProcessWorker:
     """One process and the conversation with it; its methods are the tasks of one nursery."""
 
@@ -193,7 +155,7 @@ class _ProcessWorker:
         self._reason = ""  # why it is dead, or is to die
         self._code = "worker_died"
         self._isolation = Isolation()
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, PendingCall] = {}
         self._last_id = 0
         self._outbox: deque[bytes] = deque()
         self._outbox_changed = trio.Event()
@@ -319,7 +281,7 @@ class _ProcessWorker:
             while data := await self._stdout.receive_some(READ_BYTES):
                 for message in decoder.feed(data):
                     self._silent_s = 0.0
-                    self._handle(message)
+                    self._handle(message, decoder.frame_bytes)
             if not self._closing and decoder.pending_bytes:
                 self._kill("its stdout ended within a frame")
         except FrameError as error:
@@ -393,7 +355,7 @@ class _ProcessWorker:
 
     # -- the conversation ----------------------------------------------------------------------------
 
-    def _handle(self, message: Mapping[str, Value]) -> None:
+    def _handle(self, message: Mapping[str, Value], frame_bytes: int) -> None:
         """Take one frame from the worker. Raises FrameError when it makes no sense."""
         kind = message["type"]
         if kind == "heartbeat":
@@ -416,7 +378,7 @@ class _ProcessWorker:
                 body = message.get("message")
                 if not isinstance(body, Mapping):
                     raise FrameError("an item without a message")
-                if not call.put(body):
+                if not call.put(body, frame_bytes):
                     call.end(Failed("the answer was not read fast enough", code="slow_consumer"))
                     self._post({"type": "cancel", "id": call_id})
             case "end":
@@ -467,7 +429,9 @@ class _ProcessWorker:
         except FrameError as error:
             raise BadRequest(str(error), code="too_large") from None
         self._last_id = call_id
-        call = self._calls[call_id] = _Call(call_id, self._config.call_messages_max)
+        call = self._calls[call_id] = PendingCall(
+            call_id, self._config.call_messages_max, self._config.call_bytes_max
+        )
         try:
             yield call
         finally:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, Protocol
 
+from meshd_plugins.answering import answer_of, count_in
 from meshd_plugins.api import (
     Chunk,
     Descriptor,
@@ -24,7 +25,7 @@ from meshd_plugins.api import (
     WarmPrefix,
     Worker,
 )
-from meshd_plugins.builtin.llama.serving.requests import worker_message
+from meshd_plugins.builtin.llama.serving.requests import TEXT_ONLY, worker_message
 from meshd_plugins.builtin.llama.serving.warmth import WarmPrefixes
 
 
@@ -57,7 +58,9 @@ class LlamaCapability:
         """Generate; see `meshd_plugins.api` for the contract."""
         if request.operation not in self._descriptor.operations:
             raise Refused(f"{self._descriptor.name} cannot {request.operation}", code="unsupported")
-        message = worker_message(request.operation, request.body)
+        model = self._descriptor.model
+        modalities = model.modalities if model is not None else TEXT_ONLY
+        message = worker_message(request.operation, request.body, modalities)
         message |= {
             "caller": request.caller,
             "privacy": int(request.privacy),
@@ -66,15 +69,10 @@ class LlamaCapability:
         # The caller closes this generator (`aclosing`), and so the call: the api module asks it to.
         async with (
             self._model.use(request.deadline_s) as worker,
-            worker.call(message) as call,
+            aclosing(answer_of(worker, message, _chunk, _done)) as events,
         ):
-            while (item := await call.receive()) is not None:
-                done = item.get("done")
-                if isinstance(done, Mapping):
-                    yield _done(done)  # noqa: ASYNC119
-                    return
-                yield _chunk(item)  # noqa: ASYNC119
-        raise Failed("the worker ended the answer without saying why", code="failed")
+            async for event in events:
+                yield event  # noqa: ASYNC119
 
     def warm(self) -> Sequence[WarmPrefix]:
         """What its worker keeps; see `meshd_plugins.api.PrefixHolder`."""
@@ -139,19 +137,17 @@ def _logprobs(value: Value) -> Iterator[TokenLogprob]:
 
 
 def _done(done: Mapping[str, Value]) -> Done:
-    prompt, completion = done.get("prompt_tokens"), done.get("completion_tokens")
-    thought, cached = done.get("reasoning_tokens"), done.get("cached_tokens")
     return Done(
         finish_reason=str(done.get("finish_reason", "stop")),
         usage=Usage(
-            prompt_tokens=prompt if isinstance(prompt, int) else 0,
-            completion_tokens=completion if isinstance(completion, int) else 0,
-            reasoning_tokens=thought if isinstance(thought, int) else 0,
-            cached_tokens=cached if isinstance(cached, int) else 0,
+            prompt_tokens=count_in(done, "prompt_tokens"),
+            completion_tokens=count_in(done, "completion_tokens"),
+            reasoning_tokens=count_in(done, "reasoning_tokens"),
+            cached_tokens=count_in(done, "cached_tokens"),
         ),
         detail={
             key: done[key]
-            for key in ("first_token_s", "total_s", "decode_tokens_per_s")
+            for key in ("first_token_s", "total_s", "decode_tokens_per_s", "unenforced")
             if key in done
         },
     )

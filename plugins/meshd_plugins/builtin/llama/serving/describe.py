@@ -8,7 +8,11 @@ from typing import Final
 
 from meshd_plugins.api import Capabilities, Descriptor, ModelFacts, Operation, Privacy, Rates, Value
 from meshd_plugins.builtin.llama.config import ModelConfig
-from meshd_plugins.builtin.llama.models.facts import compatibility_key, facts_from_wire
+from meshd_plugins.builtin.llama.models.facts import (
+    compatibility_key,
+    facts_from_wire,
+    modalities_from_wire,
+)
 from meshd_plugins.builtin.llama.running.fit import Plan, explain
 from meshd_plugins.builtin.llama.running.hardware import Chosen
 from meshd_plugins.builtin.llama.serving.capability import Served
@@ -20,6 +24,7 @@ from meshd_plugins.builtin.llama.serving.embedding import (
 from meshd_plugins.builtin.llama.serving.warmth import kv_bytes_per_token
 
 RATE_MAX: Final = 1e7
+_READS: Final = {"image": "images", "audio": "sound"}
 _RATES: Final = ("prefill_tokens_per_s", "decode_tokens_per_s", "load_s")
 
 
@@ -41,13 +46,19 @@ def describe(
     facts = facts_from_wire(hello.get("model"), digest)
     if (embedding := EmbeddingHello.read(hello)) is not None:
         privacy = Privacy[model.privacy.upper()]
-        told = describe_embedding(model.names, model.slots, privacy, facts, embedding)
+        lately = embedding.lately(standing.prefill_tokens_per_s)
+        told = describe_embedding(model.names, model.slots, privacy, facts, lately)
         resident = {"resident": standing.resident}
         return tuple(dataclasses.replace(each, fields={**each.fields, **resident}) for each in told)
     adapters = (f"{digest}*{scale:g}" for digest, scale in standing.adapters)
     identity = "+".join((facts.digest, *adapters))
     key = compatibility_key(identity, str(hello.get("build", "")))
-    facts = dataclasses.replace(facts, kv_key=key, kv_bytes_per_token=kv_bytes_per_token(hello))
+    facts = dataclasses.replace(
+        facts,
+        kv_key=key,
+        kv_bytes_per_token=kv_bytes_per_token(hello),
+        modalities=_modalities(facts, hello),
+    )
     rates = _rates(hello, standing)
     slots, context = _count(hello, "slots"), _count(hello, "context_tokens")
     operations = (
@@ -81,6 +92,14 @@ def describe(
     )
 
 
+def _modalities(facts: ModelFacts, hello: Mapping[str, Value]) -> tuple[str, ...]:
+    """What the projector's header promises, as far as the worker found it true. Raises ValueError."""
+    if "modalities" not in hello:
+        return facts.modalities
+    found = modalities_from_wire(hello["modalities"])
+    return tuple(each for each in facts.modalities if each in found)
+
+
 def _summary(facts: ModelFacts, standing: Standing) -> str:
     size = (
         f"{facts.parameters / 1e6:.0f}M"
@@ -89,7 +108,9 @@ def _summary(facts: ModelFacts, standing: Standing) -> str:
     )
     adapted = f", {len(standing.adapters)} LoRA" if standing.adapters else ""
     quantisation = facts.quantisation or "unknown quantisation"
-    return f"{facts.family} ({size} parameters, {quantisation}{adapted})"
+    reads = " and ".join(_READS[each] for each in facts.modalities if each in _READS)
+    reads = f", reads {reads} too" if reads else ""
+    return f"{facts.family} ({size} parameters, {quantisation}{adapted}{reads})"
 
 
 def _rates(hello: Mapping[str, Value], standing: Standing) -> Rates:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, Protocol
 
+from meshd_plugins.answering import answer_of, count_in
 from meshd_plugins.api import (
     BadRequest,
     Chunk,
@@ -62,6 +64,13 @@ class EmbeddingHello:
             texts_per_s=_rate(said.get("texts_per_s")),
             load_s=_rate(hello.get("load_s")),
         )
+
+    def lately(self, tokens_per_s: float) -> EmbeddingHello:
+        """The same at the rate of late; 0.0: that is not known."""
+        if tokens_per_s <= 0.0 or self.tokens_per_s <= 0.0:
+            return self
+        texts_per_s = self.texts_per_s * tokens_per_s / self.tokens_per_s
+        return replace(self, tokens_per_s=tokens_per_s, texts_per_s=texts_per_s)
 
 
 class WorkerSource(Protocol):
@@ -132,20 +141,21 @@ class EmbeddingCapability:
         if request.operation not in self._descriptor.operations:
             raise Refused(f"{self._descriptor.name} cannot {request.operation}", code="unsupported")
         message = embedding_message(request.operation, request.body)
+        # The class, for whoever stands before the worker. Not the caller: it keeps nothing of a request.
+        message["privacy"] = int(request.privacy)
         texts = message.get("input") or message.get("documents")
         assert isinstance(texts, Sequence)
         rows = Rows(len(texts))
         # The caller closes this generator (`aclosing`), and so the call: the api module asks it to.
-        async with self._workers.use(request.deadline_s) as worker, worker.call(message) as call:
-            while (item := await call.receive()) is not None:
-                done = item.get("done")
-                if isinstance(done, Mapping):
-                    yield self._done(done, rows)  # noqa: ASYNC119
-                    return
-                yield _chunk(item, rows)  # noqa: ASYNC119
-        raise Failed("the worker ended the answer without saying why", code="failed")
+        chunk, done = partial(_chunk, rows), partial(self._done, rows)
+        async with (
+            self._workers.use(request.deadline_s) as worker,
+            aclosing(answer_of(worker, message, chunk, done)) as events,
+        ):
+            async for event in events:
+                yield event  # noqa: ASYNC119
 
-    def _done(self, done: Mapping[str, Value], rows: Rows) -> Done:
+    def _done(self, rows: Rows, done: Mapping[str, Value]) -> Done:
         """Raises Failed: the worker says that it is done, and it is not."""
         detail = {key: done[key] for key in ("dimensions", "texts", "total_s") if key in done}
         try:
@@ -154,9 +164,7 @@ class EmbeddingCapability:
             raise Failed(f"the worker's rows are not whole: {error}", code="failed") from error
         if (model := self._descriptor.model) is not None:  # vectors of two models do not compare
             detail["model"] = f"{model.family}#{model.digest[:16]}"
-        tokens = done.get("prompt_tokens")
-        usage = Usage(prompt_tokens=tokens if isinstance(tokens, int) else 0)
-        return Done(usage=usage, detail=detail)
+        return Done(usage=Usage(prompt_tokens=count_in(done, "prompt_tokens")), detail=detail)
 
 
 def embedding_message(operation: Operation, body: Mapping[str, Value]) -> dict[str, Value]:
@@ -214,7 +222,7 @@ def _check_size(texts: Sequence[str]) -> None:
         raise BadRequest(f"the texts have {size} bytes; the most is {TEXT_BYTES_MAX}")
 
 
-def _chunk(item: Mapping[str, Value], rows: Rows) -> Chunk:
+def _chunk(rows: Rows, item: Mapping[str, Value]) -> Chunk:
     """Raises Failed: the worker sent no rows."""
     position, data = item.get("position"), item.get("data")
     if not isinstance(position, int) or not isinstance(data, bytes):

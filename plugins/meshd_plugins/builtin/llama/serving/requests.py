@@ -15,6 +15,8 @@ from typing import Final
 from meshd_plugins.api import BadRequest, Operation, Value
 from meshd_plugins.builtin.llama.prompt.schema_merge import as_map
 from meshd_plugins.builtin.llama.sampling import SEEDS, read_sampling
+from meshd_plugins.media import MEDIA_MAX, MEDIA_TYPES, Modality, is_medium, medium_of
+from meshd_plugins.workerkit import FRAME_BYTES_MAX
 
 MESSAGES_MAX: Final = 1024
 TOOLS_MAX: Final = 128
@@ -23,15 +25,41 @@ STRUCTURE_BYTES_MAX: Final = 256 * 1024  # of all tools, of a schema, of a gramm
 OPTIONS_MAX: Final = 32
 OPTIONS_BYTES_MAX: Final = 8 * 1024
 NESTING_MAX: Final = 100
+MESSAGE_BYTES_MAX: Final = FRAME_BYTES_MAX - 64 * 1024  # of what the worker is sent
+TEXT_ONLY: Final = (Modality.TEXT,)
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 CHOICES: Final = ("auto", "none", "required")
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _TEXT_PARTS: Final = ("text", "input_text", "output_text", "refusal")
+_UNREAD: Final = ("webp",)  # formats that the worker's libraries have no decoder for
 
 
-def worker_message(operation: Operation, body: Mapping[str, Value]) -> dict[str, Value]:
-    """Check a request and put it into the worker's words. Raises BadRequest."""
+def worker_message(
+    operation: Operation, body: Mapping[str, Value], modalities: Sequence[str] = TEXT_ONLY
+) -> dict[str, Value]:
+    """Check a request and put it into the worker's words.
+
+    Args:
+        operation: CHAT or COMPLETE.
+        body: as the client or the peer sent it.
+        modalities: what the model can take in.
+
+    Raises:
+        BadRequest: what is wrong, and where.
+    """
+    message = _message_of(operation, body, modalities)
+    if (size := packed_bytes_max(message)) > MESSAGE_BYTES_MAX:
+        raise BadRequest(
+            f"the request takes {size} bytes on its way to the model; at most {MESSAGE_BYTES_MAX} are taken",
+            code="too_large",
+        )
+    return message
+
+
+def _message_of(
+    operation: Operation, body: Mapping[str, Value], modalities: Sequence[str]
+) -> dict[str, Value]:
     form = read_format(body)
     tools = read_tools(body.get("tools")) if operation is Operation.CHAT else []
     choice = read_choice(body.get("tool_choice"), tools)
@@ -41,7 +69,9 @@ def worker_message(operation: Operation, body: Mapping[str, Value]) -> dict[str,
     if form:
         message["format"] = form
     if operation is Operation.CHAT:
-        message["messages"] = read_messages(body.get("messages"))
+        message["messages"], media = read_messages(body.get("messages"), modalities)
+        if media:
+            message["media"] = media
         if tools:
             message |= {"tools": tools, "tool_choice": choice, "parallel": _parallel(body)}
         if options := _template_options(body.get("chat_template_kwargs")):
@@ -80,7 +110,8 @@ def read_format(body: Mapping[str, Value]) -> dict[str, Value]:
             inner = wanted.get("json_schema")
             if not isinstance(inner, Mapping) or inner.get("schema") is None:
                 raise BadRequest("response_format.json_schema.schema is missing")
-            return {"schema": _bounded(inner["schema"], "response_format.json_schema.schema")}
+            schema = _bounded(inner["schema"], "response_format.json_schema.schema")
+            return {"schema": schema, "strict": inner.get("strict") is True}
         case _:
             raise BadRequest("response_format.type must be text, json_object or json_schema")
 
@@ -135,16 +166,55 @@ def read_choice(value: Value, tools: Sequence[Value]) -> str:
     return name
 
 
-def read_messages(value: Value) -> list[Value]:
-    """The conversation. Raises BadRequest, which names the message."""
+def read_messages(
+    value: Value, modalities: Sequence[str] = TEXT_ONLY
+) -> tuple[list[Value], list[Value]]:
+    """The conversation, and the images and sounds in it as the files that they are.
+
+    Content is a text; or, where there are media in it, a list of {"text"} and {"media": n}, the n-th of all.
+
+    Raises:
+        BadRequest: it names the message; `unsupported_modality`: the model cannot take in what is there.
+    """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         raise BadRequest("messages must be a list that is not empty")
     if len(value) > MESSAGES_MAX:
         raise BadRequest(f"messages holds {len(value)}; the most is {MESSAGES_MAX}")
-    return [_message(message, f"messages[{number}]") for number, message in enumerate(value)]
+    media = _Media(modalities)
+    messages: list[Value] = [
+        _message(message, f"messages[{number}]", media) for number, message in enumerate(value)
+    ]
+    return messages, media.found
 
 
-def _message(value: Value, where: str) -> dict[str, Value]:
+class _Media:
+    """The images and sounds of one request, taken out of its messages."""
+
+    def __init__(self, modalities: Sequence[str]) -> None:
+        self._modalities = modalities
+        self.found: list[Value] = []
+
+    def take(self, part: Mapping[str, Value], role: str, where: str) -> dict[str, Value]:
+        """The worker's word for a part that holds a medium. Raises BadRequest."""
+        wanted = MEDIA_TYPES[str(part["type"])]
+        if wanted not in self._modalities:
+            known = " and ".join(self._modalities)
+            raise BadRequest(f"{where}: this model reads {known} only", code="unsupported_modality")
+        if role != "user":
+            raise BadRequest(f"{where}: only messages of the user hold images and sound")
+        if len(self.found) == MEDIA_MAX:
+            raise BadRequest(f"{where}: more than {MEDIA_MAX} images and sounds")
+        medium = medium_of(part, where)
+        if medium.format in _UNREAD:
+            raise BadRequest(
+                f"{where}: this model reads no {medium.format}; send PNG or JPEG",
+                code="unsupported_modality",
+            )
+        self.found.append(medium.data)
+        return {"media": len(self.found) - 1}
+
+
+def _message(value: Value, where: str, media: _Media) -> dict[str, Value]:
     if not isinstance(value, Mapping):
         raise BadRequest(f"{where} must be an object with role and content")
     role = value.get("role")
@@ -155,7 +225,9 @@ def _message(value: Value, where: str) -> dict[str, Value]:
     if calls and role != "assistant":
         raise BadRequest(f"{where}.tool_calls: only the assistant calls tools")
     content = value.get("content")
-    message["content"] = "" if content is None and calls else _content(content, f"{where}.content")
+    message["content"] = (
+        "" if content is None and calls else _content(content, str(role), f"{where}.content", media)
+    )
     if calls:
         message["tool_calls"] = _calls(calls, f"{where}.tool_calls")
     thought = value.get("reasoning_content")
@@ -201,24 +273,30 @@ def _arguments(text: str) -> Value:
     return found if found is not None and _depth_is_sane(found) else text
 
 
-def _content(value: Value, where: str) -> str:
-    """Return the text of a message: a string, or OpenAI's list of parts when all are text."""
+def _content(value: Value, role: str, where: str, media: _Media) -> Value:
     if isinstance(value, str):
         return value
     if not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise BadRequest(f"{where} must be a string or a list of text parts")
+        raise BadRequest(f"{where} must be a string or a list of parts")
+    parts: list[Value] = []
     texts: list[str] = []
     for number, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in _TEXT_PARTS:
+        at = f"{where}[{number}]"
+        if not isinstance(part, Mapping):
+            raise BadRequest(f"{at} must be an object with a type")
+        if is_medium(part):
+            parts.append(media.take(part, role, at))
+            continue
+        if part.get("type") not in _TEXT_PARTS:
             raise BadRequest(
-                f"{where}[{number}]: this model reads text only", code="unsupported_modality"
+                f"{at}: a part is text, image_url or input_audio", code="unsupported_modality"
             )
-        text = part.get("text", part.get("refusal")) if isinstance(part, Mapping) else None
+        text = part.get("text", part.get("refusal"))
         if not isinstance(text, str):
-            raise BadRequest(f"{where}[{number}].text must be a string")
+            raise BadRequest(f"{at}.text must be a string")
         texts.append(text)
-    return "".join(texts)
+        parts.append({"text": text})
+    return "".join(texts) if len(texts) == len(parts) else parts
 
 
 def _parallel(body: Mapping[str, Value]) -> bool:
@@ -266,3 +344,22 @@ def _depth_is_sane(value: Value) -> bool:
             return True
         level = below
     return False
+
+
+def packed_bytes_max(value: Value) -> int:
+    """No fewer bytes than msgpack needs for a value."""
+    size = 0
+    waiting: list[Value] = [value]
+    while waiting:
+        each = waiting.pop()
+        size += 9  # the longest head of an item, or a number
+        if isinstance(each, str):
+            size += len(each) if each.isascii() else len(each.encode("utf-8", "surrogatepass"))
+        elif isinstance(each, bytes):
+            size += len(each)
+        elif isinstance(each, Mapping):
+            waiting += each.keys()
+            waiting += each.values()
+        elif isinstance(each, Sequence):
+            waiting += each
+    return size
