@@ -13,7 +13,7 @@ root=$(cd -- "${BASH_SOURCE[0]%/*}/.." && pwd)
 venv=${VENV:-$root/.venv}
 stamp=$venv/.bootstrap
 log=$venv/build.log
-llama_options="-DGGML_RPC=on -DLLAVA_BUILD=off -DLLAMA_OPENSSL=off"
+llama_options="-DGGML_RPC=on -DLLAVA_BUILD=on -DLLAMA_OPENSSL=off"
 
 say() { printf '%s\n' "$*"; }
 
@@ -79,11 +79,14 @@ check_compiler() {
 
 pinned_llama() { sed -n 's/^llama[-_]cpp[-_]python==//p' "$root/constraints.txt"; }
 
+# The pinned one, with the library that pictures need (0034).
 llama_is_there() {
     [[ -x $venv/bin/python ]] &&
         "$venv/bin/python" -c 'import sys
-from importlib.metadata import version
-sys.exit(version("llama-cpp-python") != sys.argv[1])' "$(pinned_llama)" 2>/dev/null
+from importlib.metadata import files, version
+name = "llama-cpp-python"
+sys.exit(version(name) != sys.argv[1] or not any("libmtmd" in each.name for each in files(name)))' \
+            "$(pinned_llama)" 2>/dev/null
 }
 
 # What the installed state depends on.
@@ -111,11 +114,14 @@ pip_install() {
 build_llama() {
     local cores minutes
     cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || printf 1)
-    minutes=$(((14 + cores - 1) / cores))
+    minutes=$(((18 + cores - 1) / cores))
     say "building llama-cpp-python $(pinned_llama): about $minutes minutes on $cores cores, once" \
         "(seconds where pip has built it before); everything goes to ${log#"$root"/}"
     export CMAKE_ARGS="$llama_options ${CMAKE_ARGS:-}" CMAKE_BUILD_PARALLEL_LEVEL=$cores
     pip_install llama-cpp-python "llama-cpp-python==$(pinned_llama)"
+    # A wheel in pip's cache may have been built with other options.
+    llama_is_there || pip_install llama-cpp-python --no-cache-dir --force-reinstall --no-deps \
+        "llama-cpp-python==$(pinned_llama)"
 }
 
 main() {

@@ -117,7 +117,7 @@ find_cuda() {
 }
 
 install_llama() {
-    local options="-DGGML_RPC=on -DLLAVA_BUILD=off -DLLAMA_OPENSSL=off" settings
+    local options="-DGGML_RPC=on -DLLAVA_BUILD=on -DLLAMA_OPENSSL=off" settings
     find_cuda
     settings=("CMAKE_BUILD_PARALLEL_LEVEL=$(getconf _NPROCESSORS_ONLN)")
     if [[ -n $nvcc ]]; then
