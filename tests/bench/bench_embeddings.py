@@ -36,7 +36,8 @@ from tests.bench.engine_machine import Meter, family
 from tests.bench.engine_subjects import with_libraries
 from tests.e2e.support_embedding import Embedder, embedding
 from tests.support_daemons import HOST, Daemon, Mesh, free_port
-from tests.unit.support_encoder import F16, MEAN, EncoderShape, make_encoder, write_encoder
+from tests.unit.support_encoder import MEAN, EncoderShape, make_encoder, write_encoder
+from tests.unit.support_gguf import F16
 
 from meshd_plugins.builtin.llama.config import locate_model
 

@@ -23,6 +23,8 @@ from tests.unit.support_encoder import (
     write_encoder,
 )
 
+from meshd.cli.failures import Exit
+
 pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 
 LOAD_DEADLINE_S = 90.0
@@ -158,15 +160,27 @@ def test_documents_are_ranked(entry: Daemon, model: str) -> None:
     assert answer["meshd"]["parts"][0]["node"] == "peer"
 
 
+def command(entry: Daemon, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "meshd", "--socket", str(entry.socket), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_people_are_told_the_option_that_cuts_a_text(entry: Daemon) -> None:
+    long = "cat " * 100
+    refused = command(entry, "embed", EMBED, long)
+    assert refused.returncode == Exit.USAGE
+    assert refused.stderr.endswith("shorten it or give --truncate\n")
+    assert command(entry, "embed", EMBED, "--truncate", long).returncode == 0
+
+
 def test_people_see_how_near_texts_are(entry: Daemon) -> None:
     def meshd(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "meshd", "--socket", str(entry.socket), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = command(entry, *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -33,6 +33,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from meshd_plugins.api import BadRequest, Failed, Operation, Refused
 from meshd_plugins.builtin.llama.models.pooling import Pooling
+from meshd_plugins.builtin.llama.running.benching import bench
+from meshd_plugins.builtin.llama.serving.embedding import EmbeddingHello
 from meshd_plugins.builtin.llama.worker.embed_service import CALLS_MAX, unit
 from meshd_plugins.builtin.llama.worker.embedding import EmbeddingBackend, EmbeddingLoad
 
@@ -179,6 +181,24 @@ async def special_tokens_are_text(embedder: Embedder) -> None:
     assert marked.done.usage.prompt_tokens > plain.done.usage.prompt_tokens + 2
 
 
+def test_it_is_measured_again_when_somebody_asks(tmp_path: Path) -> None:
+    path, encoder = written(tmp_path, EncoderShape())
+
+    async def body(state: Path) -> None:
+        async with embedding(path, state) as embedder:
+            phase, last = [item async for item in bench(embedder.worker)]
+            assert phase["phase"] == "texts of 32 tokens"
+            done = last["done"]
+            assert isinstance(done, dict)
+            measured = EmbeddingHello.read({**embedder.worker.hello, **done})
+            assert measured is not None
+            assert measured.texts_per_s > 0
+            answer = await embedder.embed(["the cat"])
+            assert distance(answer.rows, encoder.vector(encoder.tokens("the cat"), MEAN)) < DISTANCE
+
+    run(body, tmp_path)
+
+
 def test_many_calls_share_batches_and_none_gets_anothers_rows(tmp_path: Path) -> None:
     path, encoder = written(tmp_path, EncoderShape())
     groups = [texts(7, seed=seed) for seed in range(20)]
@@ -258,3 +278,31 @@ def test_a_long_text_does_not_look_like_a_hang(tmp_path: Path) -> None:
     assert distance(np.array(unit(row)), expected) < DISTANCE
     backend.compute([encoder.tokens("cat dog")])
     assert beats == [told]
+
+
+def test_a_worker_says_how_long_its_longest_batch_takes_and_how_it_is(tmp_path: Path) -> None:
+    path, _ = written(tmp_path, EncoderShape(context=600))
+
+    async def body(state: Path) -> None:
+        async with embedding(path, state) as embedder:
+            hello = embedder.worker.hello
+            rate, step_s = hello["prefill_tokens_per_s"], hello["step_s"]
+            assert isinstance(rate, float)
+            assert step_s == pytest.approx(600 / rate)  # of a text as long as it takes
+            async with embedder.worker.call({"operation": "status"}) as status:
+                idle = await status.receive()
+                assert idle is not None
+                assert idle["prefill_tokens_per_s"] == pytest.approx(rate, rel=0.01)
+                assert (idle["calls"], idle["texts_waiting"]) == (0, 0)
+                async with embedder.worker.call(
+                    {"operation": "embed", "input": ["cat dog " * 60] * 2000}
+                ):
+                    while (busy := await status.receive()) is not None and not busy["calls"]:
+                        pass
+                    assert busy is not None
+                    assert 0 < int(str(busy["texts_waiting"])) <= 2000
+                    while (later := await status.receive()) is not None:
+                        if later["prefill_tokens_per_s"] != idle["prefill_tokens_per_s"]:
+                            break  # it follows what is computed
+
+    run(body, tmp_path)

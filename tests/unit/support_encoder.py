@@ -8,13 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tests.unit.support_gguf import ARRAY, BOOL, STRING, UINT32, entry, text
+from tests.unit.support_gguf import (
+    ARRAY,
+    F16,
+    F32,
+    INT32,
+    STRING,
+    decimal,
+    entry,
+    flag,
+    number,
+    text,
+    word,
+    write_gguf,
+)
 
 Array = npt.NDArray[np.float32]
 
-FLOAT32, INT32 = 6, 5
-F32, F16 = 0, 1
-ALIGNMENT = 32
 NONE, MEAN, CLS, LAST, RANK = range(5)
 PAD, UNKNOWN, BEGIN, SEPARATOR, MASK = range(5)
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -146,43 +156,35 @@ def make_encoder(shape: EncoderShape) -> Encoder:
 
 def write_encoder(path: Path, encoder: Encoder) -> None:
     """Write it as a GGUF file that llama.cpp loads."""
-    entries = _entries(encoder.shape)
-    heads: list[bytes] = []
-    blobs: list[bytes] = []
-    offset = 0
-    for name, weights in encoder.weights.items():
-        half = encoder.shape.weight_type == F16 and weights.ndim == 2 and "blk" in name
-        blob = weights.astype(np.float16 if half else np.float32).tobytes()
-        sizes = weights.shape[::-1]
-        head = struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, F16 if half else F32, offset)
-        heads.append(text(name) + head)
-        blob += b"\x00" * (-len(blob) % ALIGNMENT)
-        blobs.append(blob)
-        offset += len(blob)
-    magic = b"GGUF" + struct.pack("<IQQ", 3, len(heads), len(entries))
-    header = magic + b"".join(entries) + b"".join(heads)
-    path.write_bytes(header + b"\x00" * (-len(header) % ALIGNMENT) + b"".join(blobs))
+    half = encoder.shape.weight_type == F16
+    write_gguf(
+        path,
+        _entries(encoder.shape),
+        {
+            name: weights.astype(np.float16)
+            if half and weights.ndim == 2 and "blk" in name
+            else weights
+            for name, weights in encoder.weights.items()
+        },
+    )
 
 
 def _entries(shape: EncoderShape) -> list[bytes]:
-    def number(key: str, value: int) -> bytes:
-        return entry(key, UINT32, struct.pack("<I", value))
-
     tokens = [*SPECIAL, *("\u2581" + word for word in shape.words)]
     kinds = [3 if token in SPECIAL else 1 for token in tokens]
     listed = struct.pack("<IQ", STRING, len(tokens)) + b"".join(text(token) for token in tokens)
     typed = struct.pack(f"<IQ{len(kinds)}i", INT32, len(kinds), *kinds)
     entries = [
-        entry("general.architecture", STRING, text("bert")),
-        entry("general.name", STRING, text("Tiny Encoder")),
+        word("general.architecture", "bert"),
+        word("general.name", "Tiny Encoder"),
         number("bert.context_length", shape.context),
         number("bert.embedding_length", shape.width),
         number("bert.block_count", shape.layers),
         number("bert.feed_forward_length", shape.hidden),
         number("bert.attention.head_count", shape.heads),
-        entry("bert.attention.layer_norm_epsilon", FLOAT32, struct.pack("<f", 1e-12)),
-        entry("bert.attention.causal", BOOL, b"\x00"),
-        entry("tokenizer.ggml.model", STRING, text("bert")),
+        decimal("bert.attention.layer_norm_epsilon", 1e-12),
+        flag("bert.attention.causal", False),
+        word("tokenizer.ggml.model", "bert"),
         entry("tokenizer.ggml.tokens", ARRAY, listed),
         entry("tokenizer.ggml.token_type", ARRAY, typed),
         number("tokenizer.ggml.token_type_count", 2),
@@ -194,8 +196,7 @@ def _entries(shape: EncoderShape) -> list[bytes]:
         number("tokenizer.ggml.mask_token_id", MASK),
     ]
     if shape.rerank_template:
-        key = "tokenizer.chat_template.rerank"
-        entries.append(entry(key, STRING, text(shape.rerank_template)))
+        entries.append(word("tokenizer.chat_template.rerank", shape.rerank_template))
     if shape.pooling is not None:
         entries.append(number("bert.pooling_type", shape.pooling))
     return entries

@@ -1,9 +1,20 @@
 """Builds small GGUF files by hand."""
 
+from __future__ import annotations
+
 import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 STRING, ARRAY, UINT32, BOOL = 8, 9, 4, 7
-F32, Q4_1 = 0, 3
+FLOAT32, INT32 = 6, 5
+F32, F16, Q4_1 = 0, 1, 3
+ALIGNMENT = 32
 
 
 def text(value: str) -> bytes:
@@ -13,6 +24,27 @@ def text(value: str) -> bytes:
 
 def entry(key: str, kind: int, value: bytes) -> bytes:
     return text(key) + struct.pack("<I", kind) + value
+
+
+def number(key: str, value: int) -> bytes:
+    return entry(key, UINT32, struct.pack("<I", value))
+
+
+def decimal(key: str, value: float) -> bytes:
+    return entry(key, FLOAT32, struct.pack("<f", value))
+
+
+def decimals(key: str, values: tuple[float, ...]) -> bytes:
+    listed = struct.pack(f"<IQ{len(values)}f", FLOAT32, len(values), *values)
+    return entry(key, ARRAY, listed)
+
+
+def flag(key: str, value: bool) -> bytes:
+    return entry(key, BOOL, struct.pack("<?", value))
+
+
+def word(key: str, value: str) -> bytes:
+    return entry(key, STRING, text(value))
 
 
 ENTRIES = (
@@ -43,3 +75,28 @@ def gguf(
     head = header + b"".join(entries) + b"".join(tensors)
     padding = -len(head) % 32
     return head + b"\x00" * (padding + data_bytes)
+
+
+def write_gguf(
+    path: Path,
+    entries: Iterable[bytes],
+    weights: Mapping[str, npt.NDArray[np.float32 | np.float16]],
+) -> None:
+    """Write a file that llama.cpp loads; weights are kept as 16 or 32 bits, as they come."""
+    listed = tuple(entries)
+    heads: list[bytes] = []
+    blobs: list[bytes] = []
+    offset = 0
+    for name, values in weights.items():
+        sizes = values.shape[::-1]
+        kind = F16 if values.dtype.itemsize == 2 else F32
+        heads.append(
+            text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
+        )
+        blob = values.tobytes()
+        blob += b"\x00" * (-len(blob) % ALIGNMENT)
+        blobs.append(blob)
+        offset += len(blob)
+    magic = b"GGUF" + struct.pack("<IQQ", 3, len(heads), len(listed))
+    header = magic + b"".join(listed) + b"".join(heads)
+    path.write_bytes(header + b"\x00" * (-len(header) % ALIGNMENT) + b"".join(blobs))

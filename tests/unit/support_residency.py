@@ -151,6 +151,7 @@ def facts(name: str) -> dict[str, Value]:
         "parameters": 1,
         "context_tokens": 512,
         "size_bytes": 1,
+        "modalities": ["text"],
     }
 
 

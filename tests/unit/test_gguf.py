@@ -93,7 +93,7 @@ NESTED = struct.pack("<IQIQIQ", ARRAY, 1, ARRAY, 1, UINT32, 1) + b"1234"
         (
             gguf(entries=(entry("a", STRING, struct.pack("<Q", 2) + b"\xff\xff"),)),
             MalformedGguf,
-            "UTF-8",
+            "the file is damaged: a string is not UTF-8",
         ),
         (gguf(entries=(entry("a", ARRAY, NESTED),)), MalformedGguf, "arrays within"),
         (

@@ -34,9 +34,11 @@ from meshd_plugins.api import (
     Worker,
     WorkerSpec,
 )
-from meshd_plugins.builtin.llama.config import read_config
+from meshd_plugins.builtin.llama.config import ModelConfig, read_config
+from meshd_plugins.builtin.llama.models.facts import facts_to_wire
 from meshd_plugins.builtin.llama.models.gguf import Gguf, read_gguf
 from meshd_plugins.builtin.llama.models.pooling import NoClassifier, Pooling, pooling_of
+from meshd_plugins.builtin.llama.serving.describe import Standing, describe
 from meshd_plugins.builtin.llama.serving.embedding import (
     CALLS_MAX,
     TEXT_BYTES_MAX,
@@ -45,6 +47,7 @@ from meshd_plugins.builtin.llama.serving.embedding import (
     describe_embedding,
     embedding_message,
 )
+from meshd_plugins.builtin.llama.worker.embed_service import EmbeddingPace
 from meshd_plugins.testing import FakeWorker, check_capability, make_request
 from meshd_plugins.vectors import INPUTS_MAX
 
@@ -247,3 +250,32 @@ def test_a_hello_that_makes_no_sense_is_refused(hello: Mapping[str, Value]) -> N
     with pytest.raises(ValueError, match="the worker says"):
         EmbeddingHello.read(hello)
     assert EmbeddingHello.read({"context_tokens": 512}) is None
+
+
+def test_the_rate_of_late_is_announced_with_the_texts_that_go_with_it() -> None:
+    hello = EmbeddingHello.read(HELLO)
+    assert hello is not None
+    slower = hello.lately(450.02)
+    assert slower.tokens_per_s == 450.02
+    assert slower.texts_per_s == pytest.approx(15.0)
+    assert hello.lately(0.0) == hello, "it is not known"
+    unmeasured = replace(hello, tokens_per_s=0.0)
+    assert unmeasured.lately(100.0) == unmeasured
+    said = {**HELLO, "model": facts_to_wire(FACTS)}
+    model = ModelConfig("/m.gguf", (NAME,))
+    [descriptor] = describe(model, FACTS.digest, said, Standing(True, prefill_tokens_per_s=450.02))
+    assert descriptor.rates is not None
+    assert descriptor.rates.prefill_tokens_per_s == 450.0
+    assert descriptor.fields["texts_per_s"] == 15.0
+
+
+def test_only_batches_that_are_half_full_say_how_fast_a_device_is() -> None:
+    pace = EmbeddingPace(1000.0, batch_tokens=256)
+    for _ in range(100):
+        pace.stepped(8, 0.1)
+    assert pace.tokens_per_s == 1000.0
+    pace.stepped(128, 0.0)
+    assert pace.tokens_per_s == 1000.0
+    for _ in range(100):
+        pace.stepped(200, 0.5)
+    assert pace.tokens_per_s == pytest.approx(400.0, rel=0.01)

@@ -12,6 +12,7 @@ from tests.unit.support_gguf import F32, STRING, UINT32, entry, gguf, text
 
 from meshd_plugins.api import Value
 from meshd_plugins.builtin.llama.models.gguf import Gguf, parse_gguf
+from meshd_plugins.builtin.llama.running import fit
 from meshd_plugins.builtin.llama.running.fit import (
     GIB,
     MIB,
@@ -24,7 +25,9 @@ from meshd_plugins.builtin.llama.running.fit import (
     choose,
     need,
     shape_of,
+    text_tokens_max,
 )
+from meshd_plugins.builtin.llama.worker import embedding
 
 DEMO = Shape(
     weights_bytes=96_576_768,
@@ -81,6 +84,55 @@ def test_the_demo_model_takes_what_was_measured_on_a_real_device(
 ) -> None:
     """Resident memory of a process with llama.cpp, its context full, in MiB."""
     assert need(DEMO, context, slots, 512).total / MIB == pytest.approx(resident_mib, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("logit_rows", "vocabulary", "context", "resident_mib"),
+    [
+        (2, 49_152, 1024, 557),  # the demo model, made to embed
+        (2, 49_152, 4096, 1252),  # a text of 2,730 tokens, for whose logits there is room
+    ],
+)
+def test_a_model_that_makes_vectors_takes_what_its_longest_text_takes(
+    logit_rows: int, vocabulary: int, context: int, resident_mib: int
+) -> None:
+    """Resident memory of a process after one such text, in MiB."""
+    shape = replace(DEMO, logit_rows=logit_rows, vocabulary=vocabulary)
+    taken = need(shape, context, 1, 512)
+    assert taken.total / MIB == pytest.approx(resident_mib, rel=0.1)
+    assert need(shape, context, 8, 512) == taken, "what comes at once shares one context"
+
+
+def test_an_encoder_keeps_a_row_of_logits_for_each_token_and_a_writer_two() -> None:
+    numbers = {"embedding_length": 64, "context_length": 8192}
+    tensors: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (64, 1000),
+        "blk.0.attn_k.weight": (64, 64),
+    }
+    assert shape_of(header(numbers, tensors)).logit_rows == 0
+    assert shape_of(header(numbers, tensors), vectors=True).logit_rows == 2
+    encoder = replace(DEMO, logit_rows=1, vocabulary=250_000)
+    bound = 512 * MIB // (4 * 250_000)
+    needs = [need(encoder, context, 1, 512) for context in (512, 8192)]
+    assert needs[1].buffers - needs[0].buffers < 100 * MIB, "the text is bounded"
+    assert needs[0].buffers > 4 * 250_000 * 512
+    longer = need(encoder, 8192, 1, 4096)
+    assert longer.buffers > 4 * 250_000 * 4096, "a larger batch takes a longer text"
+    assert text_tokens_max(250_000, 8192, 512) == bound
+    assert text_tokens_max(250_000, 128, 512) == 128
+
+
+def test_the_worker_bounds_texts_as_the_arithmetic_does() -> None:
+    assert fit.LOGITS_BYTES_MAX == embedding.LOGITS_BYTES_MAX
+    assert fit.VECTOR_ROWS == embedding.TEXTS_MAX
+    assert max(embedding.BATCH_TOKENS, embedding.BATCH_TOKENS_GPU) == fit.VECTOR_BATCH_TOKENS
+
+
+def test_a_model_that_makes_vectors_and_does_not_fit_says_what_would() -> None:
+    shape = replace(DEMO, logit_rows=2)
+    assert choose(shape, Wish(), Room(16 * GIB)).slots == 1
+    with pytest.raises(DoesNotFit, match=r"with context = 1024 .* it would fit"):
+        choose(shape, Wish(context=4096), Room(800 * MIB))
 
 
 def test_keys_and_values_are_counted_layer_by_layer() -> None:

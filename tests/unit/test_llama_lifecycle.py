@@ -1,5 +1,6 @@
 """The life of models on one device: loaded when asked for, unloaded for others, left out when they break."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 import trio
 from tests.unit.support_residency import Asked, Device, request, run
 
-from meshd_plugins.api import Chunk, Descriptor, Refused, Value
+from meshd_plugins.api import Chunk, Descriptor, Failed, Refused, Value
 from meshd_plugins.builtin.llama.config import Limits
+from meshd_plugins.builtin.llama.running import lifecycle
 from meshd_plugins.builtin.llama.running.keeping import State
 from meshd_plugins.builtin.llama.running.lifecycle import Keeper
 from meshd_plugins.builtin.llama.running.restarts import CRASHES_MAX, Waits
@@ -217,6 +219,28 @@ def test_what_does_not_fit_the_machine_is_left_out_with_the_arithmetic(tmp_path:
     run(body)
 
 
+@pytest.mark.parametrize(
+    ("limits", "options", "limit"),
+    [
+        (ROOM, {"memory_mib_max": 100}, "memory_mib_max of the model"),
+        (Limits(memory_mib_max=100), {}, r"plugins\.llama\.memory_mib_max"),
+    ],
+)
+def test_what_a_setting_forbids_is_told_as_that(
+    tmp_path: Path, limits: Limits, options: dict[str, int], limit: str
+) -> None:
+    async def body() -> None:
+        device = Device(tmp_path, 1000, limits)
+        async with trio.open_nursery() as nursery:
+            keeper = device.model("a", 400, **options)
+            nursery.start_soon(keeper.run)
+            await until(lambda: keeper.state is State.QUARANTINED)
+            assert re.search(rf"0\.10 GiB are allowed by {limit};", keeper.reason), keeper.reason
+            nursery.cancel_scope.cancel()
+
+    run(body)
+
+
 def test_a_header_that_is_refused_is_not_tried_again(tmp_path: Path) -> None:
     async def body() -> None:
         device = Device(tmp_path, 1000)
@@ -329,6 +353,52 @@ def test_figures_that_were_damaged_are_measured_again(tmp_path: Path) -> None:
     run(body)
 
 
+def test_a_model_that_was_never_loaded_gets_its_turn_though_nobody_asks_for_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "ROOM_LOOK_S", 0.001)
+
+    async def body() -> None:
+        device = Device(tmp_path, 600, ROOM)
+        async with trio.open_nursery() as nursery:
+            first, second = (device.model(name, 400, keep="demand") for name in "ab")
+            nursery.start_soon(first.run)
+            await until(lambda: first.worker is not None)
+            nursery.start_soon(second.run)
+            await until(lambda: "a was loaded 0 s ago" in second.reason)
+            device.now_s += 60
+            await until(lambda: second.worker is not None)
+            assert (resident(device, first), resident(device, second)) == (False, True)
+            nursery.cancel_scope.cancel()
+
+    run(body)
+
+
+def test_a_model_that_makes_vectors_is_measured_too(tmp_path: Path) -> None:
+    figures: dict[str, Value] = {"dimensions": 8, "tokens_per_s": 900.0, "texts_per_s": 30.0}
+
+    async def body() -> None:
+        device = Device(tmp_path, 1000)
+        device.answers["bench"] = [
+            {"done": {"embedding": figures, "prefill_tokens_per_s": 900.0, "resident_bytes": 7}}
+        ]
+        async with trio.open_nursery() as nursery:
+            keeper = device.model("a", 100)
+            await measured(device, nursery, keeper)
+            [item] = [item async for item in keeper.bench()]
+            assert isinstance(item["done"], dict)
+            assert item["done"]["embedding"] == figures
+            assert announced(device)["knowledge.gpt/a"].fields["texts_per_s"] == 30.0
+            device.answers["bench"] = [
+                {"done": {"embedding": {"dimensions": -1}, "prefill_tokens_per_s": 1.0}}
+            ]
+            with pytest.raises(Failed, match="numbers"):
+                await anext(keeper.bench())
+            nursery.cancel_scope.cancel()
+
+    run(body)
+
+
 def test_measuring_has_the_model_alone_and_changes_what_is_announced(tmp_path: Path) -> None:
     async def body() -> None:
         device = Device(tmp_path, 1000)
@@ -340,7 +410,7 @@ def test_measuring_has_the_model_alone_and_changes_what_is_announced(tmp_path: P
             keeper = device.model("a", 100)
             await measured(device, nursery, keeper)
             async with keeper.use(60.0):
-                with pytest.raises(Refused, match="answers 1 requests; it is measured when it is"):
+                with pytest.raises(Refused, match=r"answers requests \(1\); it is measured when"):
                     await anext(keeper.bench())
             items = [item async for item in keeper.bench()]
             assert items[0] == {"phase": "prefill of 128 tokens", "tokens_per_s": 50.0}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd_plugins.api import ModelFacts
+from meshd_plugins.api import ModelFacts, Value
 from meshd_plugins.builtin.llama.config import ModelConfig
 from meshd_plugins.builtin.llama.models.digest import Mark, forget, open_verified, remember
 from meshd_plugins.builtin.llama.models.entries import (
@@ -24,6 +24,7 @@ from meshd_plugins.builtin.llama.models.entries import (
     slug,
 )
 from meshd_plugins.builtin.llama.models.folder import ModelFolder
+from meshd_plugins.builtin.llama.models.kinds import Kind
 
 DIGEST = "ab" * 32
 FACTS = ModelFacts(
@@ -43,7 +44,7 @@ ENTRY = Entry(
     size_bytes=99,
     source="hf:o/r/Tiny.gguf@c0ffee",
     facts=FACTS,
-    adapter=False,
+    kind=Kind.MODEL,
     names=("knowledge.gpt/general", "knowledge.gpt/tiny"),
     options={"context": 512, "lora": [{"path": "/a.gguf", "sha256": DIGEST}]},
     added_at_s=1_700_000_000,
@@ -67,6 +68,30 @@ def put(folder: ModelFolder, entry: Entry) -> Entry:
     entry = replace(entry, path=str(folder.place(arrived, entry.id)))
     folder.save(entry)
     return entry
+
+
+def test_a_state_folder_that_was_moved_takes_adapters_and_projectors_along(tmp_path: Path) -> None:
+    folder = loaded(tmp_path / "old")
+    beside = [
+        put(folder, replace(kept(each.value), kind=each, names=(), options={}))
+        for each in (Kind.ADAPTER, Kind.PROJECTOR)
+    ]
+    options: dict[str, Value] = {
+        "context": 512,
+        "lora": [{"path": beside[0].path, "sha256": DIGEST}, {"path": "/elsewhere.gguf"}],
+        "projector": beside[1].path,
+    }
+    put(folder, replace(kept(), options=options))
+    (tmp_path / "old").rename(tmp_path / "new")
+    found = {entry.id: entry for entry in ModelFolder(tmp_path / "new").load().entries}
+    assert found["tiny"].uses == (
+        str(tmp_path / "new" / "adapter.gguf"),
+        "/elsewhere.gguf",
+        str(tmp_path / "new" / "projector.gguf"),
+    )
+    assert {entry.path for entry in found.values()} == {
+        str(tmp_path / "new" / f"{name}.gguf") for name in ("tiny", "adapter", "projector")
+    }
 
 
 def test_a_description_reads_back() -> None:

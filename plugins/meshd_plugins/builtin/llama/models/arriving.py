@@ -234,6 +234,8 @@ class Arrivals:
         except Failed as error:
             if error.code not in ("too_large", "no_space"):
                 raise
+            if error.code == "no_space":  # others wrote meanwhile
+                room = await trio.to_thread.run_sync(self._folder.room, to)  # noqa: ASYNC120
             raise Failed(f"{error.message}: {room.why}", code=error.code) from error
 
 

@@ -17,6 +17,7 @@ from meshd_plugins.api import Failed, ModelFacts, Supervisor, Value, WorkerSpec
 from meshd_plugins.builtin.llama.fetch.download import DownloadLimits
 from meshd_plugins.builtin.llama.models.digest import ModelFile
 from meshd_plugins.builtin.llama.models.facts import facts_from_wire
+from meshd_plugins.builtin.llama.models.kinds import Kind
 
 MEMORY_BYTES_MAX: Final = 768 << 20
 PACKAGE_STALL_S: Final = 120.0  # pip says nothing while it talks to the index
@@ -40,7 +41,7 @@ class Inspected:
     """What a header says."""
 
     facts: ModelFacts
-    adapter: bool
+    kind: Kind
 
 
 class Bringer:
@@ -109,21 +110,30 @@ class Bringer:
         }
         await self._call(_spec("join", to.parent, reads=parts), message, tell)
 
-    async def inspect(self, file: ModelFile, name: str) -> Inspected:
-        """What the header says of an open file. Raises Failed: it is no model that can be used."""
+    async def inspect(
+        self, file: ModelFile, name: str, projector: ModelFile | None = None
+    ) -> Inspected:
+        """What the header says of an open file, and whether a projector goes with it.
+
+        Raises:
+            Failed: it is no model that can be used; `projector_mismatch`: not with that projector.
+        """
         message: dict[str, Value] = {
             "operation": "inspect",
             "file": file.descriptor,
             "name": name,
             "digest": file.digest,
+            "projector": None if projector is None else projector.descriptor,
         }
-        spec = _spec("inspect", None, files=(file.descriptor,))
+        files = (file, *(() if projector is None else (projector,)))
+        spec = _spec("inspect", None, files=tuple(each.descriptor for each in files))
         done = await self._call(spec, message, lambda _so_far, _total: None)
         try:
             facts = facts_from_wire(done.get("model"), file.digest)
+            kind = Kind(str(done.get("kind")))
         except ValueError as error:
             raise Failed(str(error), code="malformed_gguf") from error
-        return Inspected(facts, done.get("adapter") is True)
+        return Inspected(facts, kind)
 
     async def _call(
         self, spec: WorkerSpec, message: Mapping[str, Value], tell: Tell

@@ -22,11 +22,15 @@ from typing import Any, Final, cast
 from meshd_plugins.api import ModelFacts, PluginConfigError, Value
 from meshd_plugins.builtin.llama.config import PACKAGE_PREFIX, ModelConfig, read_config
 from meshd_plugins.builtin.llama.models.facts import facts_from_wire, facts_to_wire
+from meshd_plugins.builtin.llama.models.kinds import Kind
+from meshd_plugins.builtin.llama.models.pooling import Pooling
 
 ID_LENGTH_MAX: Final = 63
 DESCRIPTION_BYTES_MAX: Final = 64 * 1024
 SOURCE_LENGTH_MAX: Final = 4096
 NAME_DEFAULT: Final = "knowledge.gpt/general"
+EMBED_DEFAULT: Final = "computation.gpt/embed"
+RERANK_DEFAULT: Final = "computation.gpt/rerank"
 OPTIONS: Final = ("path", "names", "sha256")
 """Keys of `config.ModelConfig` that an entry has fields for; all others are its options."""
 
@@ -50,8 +54,8 @@ class Entry:
         sha256: of the file, hex.
         source: where it came from, as it was asked for; a hub's revision is pinned.
         facts: what its header says, read by a worker; None when the file was found without a description.
-        adapter: it is a LoRA adapter, and served only with a model that names it.
-        names: what it is announced as; none for an adapter, or for a file found without a description.
+        kind: an adapter or a projector is served only with a model that names it.
+        names: what it is announced as; none for what is no model, or was found without a description.
         options: further keys of `config.ModelConfig`, such as context and slots.
         added_at_s: unix time.
     """
@@ -63,7 +67,7 @@ class Entry:
     size_bytes: int
     source: str
     facts: ModelFacts | None
-    adapter: bool
+    kind: Kind
     names: tuple[str, ...]
     options: Mapping[str, Value] = field(default_factory=dict[str, Value])
     added_at_s: int = 0
@@ -71,7 +75,15 @@ class Entry:
     @property
     def served(self) -> bool:
         """Whether there is something to announce."""
-        return bool(self.names) and not self.adapter
+        return bool(self.names) and self.kind is Kind.MODEL
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Paths of the adapters and the projector that it is served with."""
+        if not self.served:
+            return ()
+        config = self.config
+        return (*(lora.path for lora in config.lora), *filter(None, (config.projector,)))
 
     @property
     def config(self) -> ModelConfig:
@@ -90,6 +102,14 @@ def model_config(
     table: dict[str, Value] = {**options, "path": path, "names": list(names), "sha256": sha256}
     (config,) = read_config({"models": [table]})
     return config
+
+
+def name_for(facts: ModelFacts, options: Mapping[str, Value]) -> str:
+    """What a model is announced as when nobody says it: where `auto` looks for one of its kind."""
+    pooling = options.get("pooling") or facts.pooling
+    if pooling == Pooling.RANK:
+        return RERANK_DEFAULT
+    return EMBED_DEFAULT if pooling or options.get("embeddings") is True else NAME_DEFAULT
 
 
 def slug(text: str) -> str:
@@ -135,7 +155,7 @@ def enclose(entry: Entry) -> bytes:
         "size_bytes": entry.size_bytes,
         "source": entry.source,
         "facts": None if entry.facts is None else facts_to_wire(entry.facts),
-        "adapter": entry.adapter,
+        "kind": entry.kind.value,
         "names": list(entry.names),
         "options": dict(entry.options),
         "added_at_s": entry.added_at_s,
@@ -177,7 +197,7 @@ def _entry(raw: Any) -> Entry:
         size_bytes=_of(int, raw["size_bytes"]),
         source=_of(str, raw["source"]),
         facts=facts,
-        adapter=_of(bool, raw["adapter"]),
+        kind=Kind(_of(str, raw["kind"])),
         names=tuple(_of(str, name) for name in raw["names"]),
         options=options,
         added_at_s=_of(int, raw["added_at_s"]),

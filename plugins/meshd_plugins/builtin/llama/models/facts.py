@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from meshd_plugins.api import ModelFacts, Value
 from meshd_plugins.builtin.llama.models.gguf import Gguf
+from meshd_plugins.builtin.llama.models.projector import KNOWN, TEXT_ONLY, modalities_of
 
 TEXT_LENGTH_MAX: Final = 80  # of what is announced of a file's own words
 NUMBER_MAX: Final = 2**62
@@ -64,9 +65,18 @@ _QUANTISATION_SUFFIX: Final = re.compile(
 
 
 def describe_model(
-    header: Gguf, path: Path, digest: str, family: str = "", pooling: str = ""
+    header: Gguf,
+    path: Path,
+    digest: str,
+    family: str = "",
+    pooling: str = "",
+    projector: Gguf | None = None,
 ) -> ModelFacts:
-    """Return what the header says. The compatibility key is not known before a worker runs."""
+    """Return what the headers say. The compatibility key is not known before a worker runs.
+
+    Raises:
+        ProjectorMismatch: the projector is none.
+    """
     architecture = _words(header.text("general.architecture"))
     template = header.text("tokenizer.chat_template")
     file_type = header.metadata.get("general.file_type")
@@ -82,6 +92,7 @@ def describe_model(
         licence=_words(header.text("general.license")),
         chat_template_digest=hashlib.sha256(template.encode()).hexdigest() if template else "",
         pooling=pooling,
+        modalities=TEXT_ONLY if projector is None else modalities_of(projector),
     )
 
 
@@ -97,7 +108,8 @@ def compatibility_key(digest: str, build: str) -> str:
 
 def facts_to_wire(facts: ModelFacts) -> dict[str, Value]:
     """For the worker's hello; what the daemon knows better is left out."""
-    return {name: getattr(facts, name) for name in (*_TEXTS, *_NUMBERS)}
+    told = {name: getattr(facts, name) for name in (*_TEXTS, *_NUMBERS)}
+    return {**told, "modalities": list(facts.modalities)}
 
 
 def facts_from_wire(value: Value, digest: str) -> ModelFacts:
@@ -111,7 +123,17 @@ def facts_from_wire(value: Value, digest: str) -> ModelFacts:
     for name, number in numbers.items():
         if not isinstance(number, int) or not 0 <= number <= NUMBER_MAX:
             raise ValueError(f"the worker says that the model's {name} is {str(number)[:80]}")
-    return ModelFacts(digest=digest, **texts, **numbers)  # type: ignore[arg-type]
+    modalities = modalities_from_wire(raw.get("modalities"))
+    return ModelFacts(digest=digest, modalities=modalities, **texts, **numbers)  # type: ignore[arg-type]
+
+
+def modalities_from_wire(value: Value) -> tuple[str, ...]:
+    """What a worker says that a model reads. Raises ValueError: it is not what ours says."""
+    said = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
+    found = tuple(each for each in KNOWN if each in said)
+    if found[:1] != TEXT_ONLY or len(found) != len(said):
+        raise ValueError(f"the worker says that the model reads {str(value)[:80]}")
+    return found
 
 
 _TEXTS: Final = (

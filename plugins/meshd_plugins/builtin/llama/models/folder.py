@@ -20,12 +20,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from meshd_plugins.api import Value
 from meshd_plugins.builtin.llama.models.entries import (
     DESCRIPTION_BYTES_MAX,
     Entry,
@@ -97,9 +98,11 @@ class ModelFolder:
                 path.rename(path.with_name(path.name + DAMAGED))
                 damaged.append(path.name.removesuffix(DESCRIPTION))
                 continue
-            if entry.kept:  # the state folder may have been moved
-                entry = replace(entry, path=str(self.file(entry.id)))
             entries[entry.id] = entry
+        moved = {  # the state folder may have been
+            entry.path: str(self.file(entry.id)) for entry in entries.values() if entry.kept
+        }
+        entries = {key: _at(entry, moved) for key, entry in entries.items()}
         ids = (path.name.removesuffix(MODEL) for path in sorted(self.path.glob(f"*{MODEL}")))
         strays = tuple(each for each in ids if each not in entries and is_id(each))
         return Found(tuple(entries.values()), strays, tuple(damaged))
@@ -204,6 +207,20 @@ class ModelFolder:
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _at(entry: Entry, moved: Mapping[str, str]) -> Entry:
+    """An entry, and what it is served with, where the files are now."""
+
+    def placed(table: Mapping[str, Value], key: str) -> dict[str, Value]:
+        path = table.get(key)
+        return {**table, key: moved[path]} if isinstance(path, str) and path in moved else {**table}
+
+    options = placed(entry.options, "projector")
+    lora = options.get("lora")
+    if isinstance(lora, Sequence):
+        options["lora"] = [placed(each, "path") for each in lora if isinstance(each, Mapping)]
+    return replace(entry, path=moved.get(entry.path, entry.path), options=options)
 
 
 def _key(source: str) -> str:

@@ -73,6 +73,9 @@ class MalformedGguf(GgufError):
 
     code = "malformed_gguf"
 
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the file is damaged: {what}")
+
 
 class UnsupportedGguf(GgufError):
     """A version or tensor type that is not known here."""

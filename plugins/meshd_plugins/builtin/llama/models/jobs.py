@@ -35,6 +35,7 @@ class Job:
     total: int | None = None
     part: int = 0  # of `parts`, from 1 on; 0: there is one
     parts: int = 0
+    inner: Job | None = None  # what it does first, a transfer of its own
     done: Item | None = None
     error: Exception | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -51,6 +52,8 @@ class Job:
 
     def item(self) -> dict[str, Value]:
         """How far it is, for people who wait."""
+        if self.inner is not None:
+            return self.inner.item()
         item: dict[str, Value] = {"id": self.id, "stage": self.stage, "bytes": self.bytes}
         if self.total is not None:
             item["total"] = self.total

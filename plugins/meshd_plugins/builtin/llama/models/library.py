@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
 import trio
@@ -28,6 +26,8 @@ from meshd_plugins.api import (
     PluginConfigError,
     PluginContext,
     PluginOperation,
+    Reading,
+    Refused,
     Value,
 )
 from meshd_plugins.builtin.llama.config import (
@@ -38,19 +38,25 @@ from meshd_plugins.builtin.llama.config import (
 )
 from meshd_plugins.builtin.llama.models.arriving import (
     Arrivals,
-    Arrived,
     hash_of,
     open_plain,
     wrong_digest,
 )
 from meshd_plugins.builtin.llama.models.bringing import Bringer
-from meshd_plugins.builtin.llama.models.digest import Mark, forget, remember
+from meshd_plugins.builtin.llama.models.digest import forget
 from meshd_plugins.builtin.llama.models.entries import Entry, config_ids, free_id, slug
-from meshd_plugins.builtin.llama.models.facts import family_of
 from meshd_plugins.builtin.llama.models.folder import Begun, ModelFolder
+from meshd_plugins.builtin.llama.models.intake import Intake
 from meshd_plugins.builtin.llama.models.jobs import Job, Jobs
+from meshd_plugins.builtin.llama.models.kinds import Kind
 from meshd_plugins.builtin.llama.models.listing import configured_row, entry_row, transfer_row
-from meshd_plugins.builtin.llama.models.orders import Wanted, read_id, read_wanted, with_adapters
+from meshd_plugins.builtin.llama.models.orders import (
+    Wanted,
+    projector_named,
+    read_id,
+    read_wanted,
+    with_adapters,
+)
 
 FOLDER: Final = "models"
 WITHDRAW_S: Final = 120.0  # for who serves a model to let go of it; then its file goes all the same
@@ -61,6 +67,10 @@ LOOK_S: Final = 0.25
 SETTLED: Final = frozenset({"serving", "loaded", "cold", "quarantined"})
 
 Item: TypeAlias = "Mapping[str, Value]"
+SHADOWED: Final = (
+    "a model of the configuration has the same id now: rename its file there, or remove this one and add it "
+    "with another --id"
+)
 NO_STANDING: Final[Item] = {}
 
 
@@ -99,9 +109,17 @@ class Library:
         self._folder = ModelFolder(context.state_dir / FOLDER, self._config.disk_mib_max)
         self._bringer = bringer or Bringer(context.supervisor)
         self._disk = trio.CapacityLimiter(1)  # one file at a time: it is the disk that is slow
-        self._arrivals = Arrivals(self._folder, self._bringer, self._disk)
         self._jobs = Jobs()
         self._entries: dict[str, Entry] = {}
+        self._intake = Intake(
+            self._folder,
+            Arrivals(self._folder, self._bringer, self._disk),
+            self._bringer,
+            self._jobs,
+            self._entries,
+            self._taken_ids,
+            self._tell_changed,
+        )
         self._residents: Residents | None = None
         self._changed = trio.Event()
 
@@ -131,8 +149,8 @@ class Library:
         except OSError as error:
             log.error("library.unreadable", folder=str(self._folder.path), error=str(error))
         else:
-            self._entries = {entry.id: entry for entry in found.entries}
-            self._changed.set()
+            self._entries.update({entry.id: entry for entry in found.entries})
+            self._tell_changed()
             for damaged in found.damaged:
                 log.warning("library.description_damaged", model=damaged)
             for stray in found.strays:
@@ -157,7 +175,7 @@ class Library:
                 size_bytes=file.mark.size_bytes,
                 source=str(path),
                 facts=inspected.facts,
-                adapter=inspected.adapter,
+                kind=inspected.kind,
                 names=(),
                 added_at_s=int(time.time()),
             )
@@ -170,6 +188,9 @@ class Library:
 
     def _keep(self, entry: Entry) -> None:
         self._entries[entry.id] = entry
+        self._tell_changed()
+
+    def _tell_changed(self) -> None:
         self._changed.set()
 
     # -- what an administrator asks for ------------------------------------------------------------------------
@@ -178,7 +199,7 @@ class Library:
         """The verbs add, list, verify and remove, for `meshd_operations`."""
         return {
             "add": self.add,
-            "list": self.listed,
+            "list": Reading(self.listed),
             "verify": self.verify,
             "remove": self.remove,
         }
@@ -195,6 +216,8 @@ class Library:
             raise Failed(str(error), code="not_installed") from error
         wanted = read_wanted(arguments, self._config)
         with_adapters(wanted, self._entries)
+        if isinstance(wanted.projector, str):
+            projector_named(wanted.projector, self._entries)
         job = Job("add", self._id_for(wanted), wanted.source.text)
         if any(job.source == other.source for other in self._jobs.open if other.verb == "add"):
             raise BadRequest(f"{job.source} is being added already", code="being_added")
@@ -211,7 +234,10 @@ class Library:
             configured_row(key, model, standing.get(key, {}))
             for key, model in self._configured.items()
         ]
-        rows += [entry_row(entry, standing.get(entry.id, {})) for entry in self.entries()]
+        rows += [
+            entry_row(entry, self._standing(entry.id, standing), self._users(entry))
+            for entry in self.entries()
+        ]
         adding = {job.source: job for job in self._jobs.open if job.verb == "add"}
         known = {each.source for each, _ in begun}
         rows += [transfer_row(each, here, adding.get(each.source)) for each, here in begun]
@@ -230,7 +256,7 @@ class Library:
         """
         wanted = str(arguments.get("id") or "")
         if wanted and wanted not in self._entries and wanted not in self._configured:
-            raise self._unknown(wanted)
+            raise self.unknown(wanted)
         job = Job("verify", wanted or "all")
         return self._jobs.follow(job, partial(self._verify, wanted))
 
@@ -259,9 +285,10 @@ class Library:
 
     def _id_for(self, wanted: Wanted) -> str:
         for entry in self._entries.values():
-            if entry.path == wanted.source.text and not (entry.served or entry.adapter):
+            is_lost = entry.kind is Kind.MODEL and not entry.served
+            if entry.path == wanted.source.text and is_lost:
                 return entry.id  # a file whose description was lost gets a new one
-        taken = [*self._entries, *self._configured, *(job.id for job in self._jobs.open)]
+        taken = self._taken_ids()
         if not wanted.id:
             return free_id(slug(wanted.source.stem), taken)
         if wanted.id in taken:
@@ -271,71 +298,14 @@ class Library:
             )
         return wanted.id
 
+    def _taken_ids(self) -> list[str]:
+        return [*self._entries, *self._configured, *(job.id for job in self._jobs.open)]
+
     async def _add(self, wanted: Wanted, job: Job) -> Item:
-        try:
-            arrived = await self._arrivals.bring(wanted.source, wanted.sha256, job)
-        except CapabilityError:
-            with trio.CancelScope(shield=True):  # a thread ends in any case
-                await trio.to_thread.run_sync(self._folder.give_up, job.source)
-            raise
-        try:
-            entry = await self._taken_in(wanted, arrived, job)
-        finally:
-            arrived.file.close()
-        self._keep(entry)
+        entry = await self._intake.add(wanted, job)
         self._context.log.info("library.model_added", model=entry.id, source=entry.source)
-        return entry_row(entry, await self._served(entry, job) if wanted.wait else NO_STANDING)
-
-    async def _taken_in(self, wanted: Wanted, arrived: Arrived, job: Job) -> Entry:
-        """Understand a file that has arrived, and give it its place."""
-        file = arrived.file
-        twin = next(
-            (e for e in self._entries.values() if e.sha256 == file.digest and e.served), None
-        )
-        if twin is not None and set(twin.names) & set(wanted.names):
-            if arrived.begun is not None:
-                await trio.to_thread.run_sync(self._folder.drop, arrived.begun)
-            raise BadRequest(f"this very file is here already, as {twin.id}", code="already_there")
-        job.begin("reading")
-        try:
-            inspected = await self._bringer.inspect(file, arrived.name)
-        except Failed:
-            if arrived.begun is not None:  # it is whole, and no model: it would be so again
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._folder.drop, arrived.begun)
-            raise
-        options = with_adapters(wanted, self._entries)
-        entry = Entry(
-            id=job.id,
-            path=arrived.path,
-            kept=arrived.begun is not None or job.id in self._entries,
-            sha256=file.digest,
-            size_bytes=file.mark.size_bytes,
-            source=arrived.source,
-            facts=inspected.facts,
-            adapter=inspected.adapter,
-            names=() if inspected.adapter else wanted.names,
-            options=_named_after(options, arrived),
-            added_at_s=int(time.time()),
-        )
-        # A few renames, which belong together: a thread is not cancelled under way.
-        return await trio.to_thread.run_sync(self._settle, entry, arrived)
-
-    def _settle(self, entry: Entry, arrived: Arrived) -> Entry:
-        """Give a file its place and write its description."""
-        if arrived.begun is None:
-            place = locate_model(entry.path)
-        else:
-            place = self._folder.place(Path(arrived.path), entry.id)
-            entry = replace(entry, path=str(place))
-        self._folder.save(entry)
-        if arrived.settled:
-            # Renamed, it has another mark; who wrote it has ended, and nobody else reaches it.
-            mark = Mark.of(arrived.file.descriptor)
-            remember(place, self._context.state_dir, mark, entry.sha256)
-        if arrived.begun is not None:
-            self._folder.drop(arrived.begun)
-        return entry
+        standing = await self._served(entry, job) if wanted.wait else NO_STANDING
+        return entry_row(entry, standing)
 
     async def _served(self, entry: Entry, job: Job) -> Mapping[str, Value]:
         """Wait until it is known whether the model can be served; return how it stands."""
@@ -353,7 +323,11 @@ class Library:
 
     async def _verify(self, wanted: str, job: Job) -> Item:
         models = [(e.id, e.path, e.sha256) for e in self.entries()]
-        models += [(key, model.path, model.sha256) for key, model in self._configured.items()]
+        for key, model in self._configured.items():
+            models.append((key, model.path, model.sha256))
+            models += [(key, each.path, each.sha256) for each in model.lora]
+            if model.projector:
+                models.append((key, model.projector, model.projector_sha256))
         chosen = [each for each in models if wanted in ("", each[0])]
         rows: list[Value] = []
         for number, (key, path, sha256) in enumerate(chosen, 1):
@@ -380,56 +354,77 @@ class Library:
     # -- removing ----------------------------------------------------------------------------------------------
 
     def _check_removable(self, entry: Entry) -> None:
-        users = [
-            other.id
-            for other in self._entries.values()
-            if other.served and any(lora.path == entry.path for lora in other.config.lora)
-        ]
-        if users:
+        if users := self._users(entry):
             raise BadRequest(
-                f"{entry.id} is an adapter of {', '.join(users)}: remove that first", code="in_use"
+                f"{entry.id} is {entry.kind.words} of {', '.join(users)}: remove that first",
+                code="in_use",
             )
+
+    def _users(self, entry: Entry) -> list[str]:
+        """The models that an adapter or a projector is served with."""
+        return [other.id for other in self.entries() if entry.path in other.uses]
 
     async def _remove(self, entry: Entry, job: Job) -> Item:
         job.begin("withdrawing")
         del self._entries[entry.id]
         self._changed.set()
         try:
-            if self._residents is not None:
+            if self._residents is not None and entry.id not in self._configured:
                 with trio.move_on_after(WITHDRAW_S):
                     await self._residents.withdraw(entry.id)
         except BaseException:
             self._keep(entry)  # nothing was deleted: it is as it was
             raise
-        await trio.to_thread.run_sync(self._folder.forget, entry)
-        self._context.log.info("library.model_removed", model=entry.id, deleted=entry.kept)
-        freed = entry.size_bytes if entry.kept else 0
-        return {"id": entry.id, "freed_bytes": freed, "left": "" if entry.kept else entry.path}
+        gone = [entry, *self._projectors_left_by(entry)]
+        for each in gone:
+            self._entries.pop(each.id, None)
+            await trio.to_thread.run_sync(self._folder.forget, each)
+            self._context.log.info("library.model_removed", model=each.id, deleted=each.kept)
+        self._tell_changed()
+        freed = sum(each.size_bytes for each in gone if each.kept)
+        left = "" if entry.kept else entry.path
+        beside: list[Value] = [each.id for each in gone[1:]]
+        return {"id": entry.id, "freed_bytes": freed, "left": left, "with": beside}
+
+    def _projectors_left_by(self, entry: Entry) -> list[Entry]:
+        """Projectors of a model that is no longer there which no other model uses: they go with it."""
+        return [
+            each
+            for each in self._entries.values()
+            if each.kind is Kind.PROJECTOR and each.path in entry.uses and not self._users(each)
+        ]
 
     async def _drop(self, job: Job) -> Item:
         """Throw away what has arrived of a model."""
         noted = await trio.to_thread.run_sync(self._folder.begun)
         begun = next((each for each in noted if each.id == job.id), None)
         if begun is None:
-            raise self._unknown(job.id)
+            raise self.unknown(job.id)
         freed = await trio.to_thread.run_sync(self._folder.arrived_bytes, begun)
         await trio.to_thread.run_sync(self._folder.drop, begun)
         return {"id": job.id, "freed_bytes": freed, "left": ""}
+
+    # -- ids that the configuration has got too -----------------------------------------------------------------
+
+    def shadowed(self) -> tuple[str, ...]:
+        """Models of the library that are not served, since one of the configuration has their id by now."""
+        return tuple(
+            each.id for each in self.entries() if each.served and each.id in self._configured
+        )
+
+    def _standing(self, entry_id: str, standing: Mapping[str, Item]) -> Item:
+        if entry_id in self._configured:
+            return {"state": "quarantined", "reason": SHADOWED}
+        return standing.get(entry_id, NO_STANDING)
 
     # -- telling -----------------------------------------------------------------------------------------------
 
     def _arrived(self) -> list[tuple[Begun, int]]:
         return [(each, self._folder.arrived_bytes(each)) for each in self._folder.begun()]
 
-    def _unknown(self, entry_id: str) -> BadRequest:
+    def unknown(self, entry_id: str) -> Refused:
+        """The error for an id that is no model's."""
         known = ", ".join(sorted([*self._entries, *self._configured])) or "none"
-        return BadRequest(
+        return Refused(
             f"there is no model {entry_id[:80]!r} here; there are {known}", code="no_such_model"
         )
-
-
-def _named_after(options: Mapping[str, Value], arrived: Arrived) -> Mapping[str, Value]:
-    """The options; a file that gets another name here keeps the family that its old one says."""
-    if arrived.begun is None or options.get("family"):
-        return options
-    return {**options, "family": family} if (family := family_of(arrived.name)) else options

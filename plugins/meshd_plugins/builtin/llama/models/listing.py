@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Final, assert_never
 
 from meshd_plugins.api import Value
 from meshd_plugins.builtin.llama.config import ModelConfig
 from meshd_plugins.builtin.llama.models.entries import Entry
 from meshd_plugins.builtin.llama.models.folder import Begun
 from meshd_plugins.builtin.llama.models.jobs import Job
+from meshd_plugins.builtin.llama.models.kinds import Kind
 
 UNSERVED: Final = "not served"
 
 Row = dict[str, Value]
 
 
-def entry_row(entry: Entry, standing: Mapping[str, Value]) -> Row:
-    """A model of the library."""
+def entry_row(entry: Entry, standing: Mapping[str, Value], users: Sequence[str] = ()) -> Row:
+    """A model of the library; of what is none, `users` are the models that it is served with."""
     facts = entry.facts
     row: Row = {
         "id": entry.id,
@@ -30,7 +31,7 @@ def entry_row(entry: Entry, standing: Mapping[str, Value]) -> Row:
         "kept": entry.kept,
         "sha256": entry.sha256,
         "size_bytes": entry.size_bytes,
-        "adapter": entry.adapter,
+        "kind": entry.kind.value,
         "options": entry.options,
         "added_at_s": entry.added_at_s,
     }
@@ -42,9 +43,12 @@ def entry_row(entry: Entry, standing: Mapping[str, Value]) -> Row:
             "parameters": facts.parameters,
             "context_trained": facts.context_tokens,
             "licence": facts.licence,
+            "modalities": list(facts.modalities),
         }
     if entry.served:
         row |= {"state": "starting", **standing}
+    elif users:
+        row |= {"state": f"{entry.kind} of {', '.join(users)}", "reason": ""}
     return row
 
 
@@ -75,7 +79,7 @@ def transfer_row(begun: Begun, here_bytes: int, job: Job | None) -> Row:
     if job is None:
         return row | {
             "state": "stopped",
-            "reason": f"`meshd model add {begun.source}` goes on with it",
+            "reason": f"`meshd model add {begun.source}`, with the options of the first time, goes on with it",
         }
     row |= {"state": job.stage, "reason": "", "arrived_bytes": job.bytes, "size_bytes": job.total}
     if job.parts > 1:
@@ -84,6 +88,13 @@ def transfer_row(begun: Begun, here_bytes: int, job: Job | None) -> Row:
 
 
 def _why_not(entry: Entry) -> str:
-    if entry.adapter:
-        return "an adapter: `meshd model add MODEL --lora` serves it with a model"
+    match entry.kind:
+        case Kind.ADAPTER:
+            return f"an adapter: `meshd model add MODEL --lora {entry.id}` serves it with a model"
+        case Kind.PROJECTOR:
+            return f"a projector: `meshd model add MODEL --projector {entry.id}` serves it with a model"
+        case Kind.MODEL:
+            pass
+        case _:
+            assert_never(entry.kind)
     return f"its description was lost: remove it, or `meshd model add {entry.path}` with its names"

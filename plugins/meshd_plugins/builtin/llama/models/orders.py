@@ -15,6 +15,7 @@ from meshd_plugins.builtin.llama.models.entries import (
     is_id,
     model_config,
 )
+from meshd_plugins.builtin.llama.models.kinds import Kind
 from meshd_plugins.builtin.llama.models.sources import (
     PackageSource,
     PathSource,
@@ -23,7 +24,17 @@ from meshd_plugins.builtin.llama.models.sources import (
     parse_source,
 )
 
-KEYS: Final = ("source", "id", "names", "options", "sha256", "lora", "allow_http", "wait")
+KEYS: Final = (
+    "source",
+    "id",
+    "names",
+    "options",
+    "sha256",
+    "lora",
+    "projector",
+    "allow_http",
+    "wait",
+)
 NAMES_MAX: Final = 16
 _NAME: Final = re.compile(r"(knowledge|computation)\.gpt(/[a-z0-9][a-z0-9_.-]{0,62}){1,7}")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
@@ -36,10 +47,13 @@ class Wanted:
     Attributes:
         source: where it is.
         id: as it shall be called; "": after its file.
-        names: what it shall be announced as; of an adapter they are left out.
+        names: what it shall be announced as; none: what its kind is announced as. Of what is no model
+            they are left out.
         options: further keys of `config.ModelConfig`.
         sha256: the digest that its file must have, "" for any.
         lora: ids of adapters that it shall be served with.
+        projector: where the projector is that it shall be served with, or the id of one; None: it has none.
+        projector_sha256: the digest that this must have, "" for any.
         wait: until it is served.
     """
 
@@ -49,6 +63,8 @@ class Wanted:
     options: Mapping[str, Value]
     sha256: str
     lora: tuple[str, ...]
+    projector: Source | str | None
+    projector_sha256: str
     wait: bool
 
 
@@ -69,7 +85,7 @@ def read_wanted(arguments: Mapping[str, Value], config: LibraryConfig) -> Wanted
         raise BadRequest(
             f"`id` is {entry_id[:80]!r}: small letters, digits, '.', '_' and '-', at most 63"
         )
-    names = _texts(arguments, "names") or (NAME_DEFAULT,)
+    names = _texts(arguments, "names")
     for name in names:
         if not _NAME.fullmatch(name):
             raise BadRequest(f"{name[:80]!r} is no name of a model: write knowledge.gpt/TOPIC")
@@ -78,12 +94,39 @@ def read_wanted(arguments: Mapping[str, Value], config: LibraryConfig) -> Wanted
     options = arguments.get("options", {})
     if not isinstance(options, Mapping):
         raise BadRequest("`options` must be a mapping of settings")
-    _check_options(names, options)
-    _check_way(source, config, sha256, allowed=arguments.get("allow_http") is True)
-    lora = _texts(arguments, "lora")
+    projector = _projector(arguments, options, config)
+    _check_options(names, options, has_projector=projector is not None)
+    allowed = arguments.get("allow_http") is True
+    _check_way(source, config, sha256, allowed=allowed)
+    projector_sha256 = str(options.get("projector_sha256") or "").lower()
+    if projector is not None and not isinstance(projector, str):
+        _check_way(projector, config, projector_sha256, allowed=allowed)
     return Wanted(
-        source, entry_id, names, options, sha256, lora, arguments.get("wait") is not False
+        source,
+        entry_id,
+        names,
+        options,
+        sha256,
+        _texts(arguments, "lora"),
+        projector,
+        projector_sha256,
+        arguments.get("wait") is not False,
     )
+
+
+def _projector(
+    arguments: Mapping[str, Value], options: Mapping[str, Value], config: LibraryConfig
+) -> Source | str | None:
+    """Where a projector is, or its id. Raises BadRequest."""
+    text = _text(arguments, "projector")
+    if text and options.get("projector"):
+        raise BadRequest("there are two projectors, `projector` and one of the options: give one")
+    if not text or is_id(text):
+        return text or None
+    source = parse_source(text, config.hub_url)
+    if isinstance(source, WebSource) and len(source.urls) > 1:
+        raise BadRequest(f"{text!r} is one of several parts: a projector is one file")
+    return source
 
 
 def read_id(arguments: Mapping[str, Value]) -> str:
@@ -101,18 +144,32 @@ def with_adapters(wanted: Wanted, entries: Mapping[str, Entry]) -> Mapping[str, 
     tables: list[Value] = []
     for adapter_id in wanted.lora:
         adapter = entries.get(adapter_id)
-        if adapter is None or not adapter.adapter:
-            known = ", ".join(sorted(e.id for e in entries.values() if e.adapter)) or "none"
-            raise BadRequest(
-                f"there is no adapter {adapter_id[:80]!r} here: add it first; there are {known}"
-            )
+        if adapter is None or adapter.kind is not Kind.ADAPTER:
+            raise _not_here(adapter_id, Kind.ADAPTER, entries)
         tables.append({"path": adapter.path, "sha256": adapter.sha256})
     return {**wanted.options, "lora": tables}
 
 
-def _check_options(names: Sequence[str], options: Mapping[str, Value]) -> None:
+def projector_named(entry_id: str, entries: Mapping[str, Entry]) -> Entry:
+    """A projector that was added before. Raises BadRequest: it is not there."""
+    entry = entries.get(entry_id)
+    if entry is None or entry.kind is not Kind.PROJECTOR:
+        raise _not_here(entry_id, Kind.PROJECTOR, entries)
+    return entry
+
+
+def _not_here(entry_id: str, kind: Kind, entries: Mapping[str, Entry]) -> BadRequest:
+    known = ", ".join(sorted(each.id for each in entries.values() if each.kind is kind)) or "none"
+    return BadRequest(f"there is no {kind} {entry_id[:80]!r} here: add it first; there are {known}")
+
+
+def _check_options(
+    names: Sequence[str], options: Mapping[str, Value], *, has_projector: bool
+) -> None:
+    if has_projector:  # its place is known once it has arrived
+        options = {**options, "projector": "/projector.gguf"}
     try:
-        model_config("/model.gguf", names, "", options)
+        model_config("/model.gguf", names or (NAME_DEFAULT,), "", options)
     except PluginConfigError as error:
         raise BadRequest(str(error).replace("plugins.llama.models[0]", "the model")) from error
 

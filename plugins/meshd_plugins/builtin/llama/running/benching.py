@@ -33,6 +33,21 @@ async def bench(worker: Worker) -> AsyncGenerator[Mapping[str, Value], None]:
 
 
 def _read(done: Mapping[str, Value]) -> dict[str, Value]:
+    if (
+        embedding := done.get("embedding")
+    ) is not None:  # whoever announces it reads it as that of a hello
+        prefill = _rate(done.get("prefill_tokens_per_s"))
+        found: dict[str, Value] = {"embedding": embedding, "prefill_tokens_per_s": prefill}
+    else:
+        found = _read_tables(done)
+    resident = done.get("resident_bytes")
+    if isinstance(resident, int) and not isinstance(resident, bool) and 0 < resident < 2**62:
+        found["resident_bytes"] = resident
+    return found
+
+
+def _read_tables(done: Mapping[str, Value]) -> dict[str, Value]:
+    """Of a model that writes."""
     found: dict[str, Value] = {"benched": True}
     for name in TABLES:
         table = done.get(name)
@@ -46,9 +61,6 @@ def _read(done: Mapping[str, Value]) -> dict[str, Value]:
         found["prefill_tokens_per_s"] = prefill[max(prefill)]
     if decode:
         found["decode_tokens_per_s"] = decode[min(decode)]
-    resident = done.get("resident_bytes")
-    if isinstance(resident, int) and not isinstance(resident, bool) and 0 < resident < 2**62:
-        found["resident_bytes"] = resident
     return found
 
 

@@ -87,7 +87,7 @@ class Door:
         """The same, with nobody else inside. Raises Refused(busy): somebody is."""
         if self.open_calls:
             raise Refused(
-                f"{label} answers {self.open_calls} requests; it is measured when it is idle",
+                f"{label} answers requests ({self.open_calls}); it is measured when it is idle",
                 code="busy",
             )
         over = self._alone = trio.Event()

@@ -15,8 +15,8 @@ from typing import Final
 
 import trio
 
-from meshd_plugins.api import PluginContext, Value, WorkerSpec
-from meshd_plugins.builtin.llama.arguments import Adapter, Arguments
+from meshd_plugins.api import PluginConfigError, PluginContext, Value, WorkerSpec
+from meshd_plugins.builtin.llama.arguments import Adapter, Arguments, Projector
 from meshd_plugins.builtin.llama.config import ModelConfig, locate_model
 from meshd_plugins.builtin.llama.models.digest import ModelFile, ModelRefused, open_verified
 from meshd_plugins.builtin.llama.running.fit import NUMBER_MAX, Plan, Shape
@@ -46,10 +46,17 @@ class Opened:
     path: Path
     file: ModelFile
     adapters: tuple[ModelFile, ...]
+    projector: ModelFile | None = None
+
+    @property
+    def files(self) -> tuple[ModelFile, ...]:
+        """All of them, the model's first."""
+        beside = () if self.projector is None else (self.projector,)
+        return (self.file, *self.adapters, *beside)
 
     def close(self) -> None:
         """Give the open files back."""
-        for each in (self.file, *self.adapters):
+        for each in self.files:
             each.close()
 
 
@@ -63,10 +70,26 @@ class Inspected:
     rpc_build: str = ""  # what lenders must have too; "": it cannot be split here
 
 
+def files_seen(model: ModelConfig) -> tuple[int, ...]:
+    """What tells one state of its files from another, without opening them; those that are missing too."""
+    beside = (*(lora.path for lora in model.lora), *filter(None, (model.projector,)))
+    found: list[int] = []
+    for path in (model.path, *beside):
+        try:
+            seen = locate_model(path).stat()
+        except (OSError, PluginConfigError):
+            found.append(0)
+        else:
+            found += [seen.st_ino, seen.st_size, seen.st_mtime_ns]
+    return tuple(found)
+
+
 async def open_files(model: ModelConfig, state_dir: Path, limiter: trio.CapacityLimiter) -> Opened:
     """Open and verify, in a thread. Raises OSError, PluginConfigError, ModelRefused."""
     path = locate_model(model.path)
     wanted = [(path, model.sha256), *((Path(each.path), each.sha256) for each in model.lora)]
+    if model.projector:
+        wanted.append((locate_model(model.projector), model.projector_sha256))
     files: list[ModelFile] = []
     try:
         for each, digest in wanted:
@@ -76,7 +99,8 @@ async def open_files(model: ModelConfig, state_dir: Path, limiter: trio.Capacity
         for file in files:
             file.close()
         raise
-    return Opened(path, files[0], tuple(files[1:]))
+    projector = files.pop() if model.projector else None
+    return Opened(path, files[0], tuple(files[1:]), projector)
 
 
 async def inspect(context: PluginContext, model: ModelConfig, opened: Opened) -> Inspected:
@@ -137,12 +161,19 @@ def _arguments(
             Adapter(file.descriptor, lora.path, file.digest, lora.scale)
             for file, lora in zip(opened.adapters, model.lora, strict=True)
         ),
+        projector=_projector(model, opened.projector),
         shared_prompts=model.shared_prompts,
         kept_bytes_max=plan.need.kept if plan else 0,
         embeddings=model.embeddings,
         pooling=model.pooling,
         inspect=inspect,
     )
+
+
+def _projector(model: ModelConfig, file: ModelFile | None) -> Projector | None:
+    if file is None:
+        return None
+    return Projector(file.descriptor, model.projector, file.mark, file.digest)
 
 
 def _spec(
@@ -161,7 +192,7 @@ def _spec(
         memory_bytes_max=model.memory_mib_max * 1024 * 1024 or None,
         start_deadline_s=deadline_s,
         gpu=arguments.gpu_layers != 0,
-        files=(opened.file.descriptor, *(each.descriptor for each in opened.adapters)),
+        files=tuple(each.descriptor for each in opened.files),
     )
 
 

@@ -26,7 +26,7 @@ from meshd_plugins.api import (
     Value,
     Worker,
 )
-from meshd_plugins.builtin.llama.config import ModelConfig, locate_model
+from meshd_plugins.builtin.llama.config import ModelConfig
 from meshd_plugins.builtin.llama.models.digest import ModelRefused
 from meshd_plugins.builtin.llama.running.benching import KEPT, TABLES, bench
 from meshd_plugins.builtin.llama.running.door import Door
@@ -35,6 +35,7 @@ from meshd_plugins.builtin.llama.running.keeping import State, Tools
 from meshd_plugins.builtin.llama.running.launch import (
     Inspected,
     check_refusal,
+    files_seen,
     inspect,
     open_files,
     worker_spec,
@@ -55,8 +56,10 @@ from meshd_plugins.builtin.llama.serving.warmth import WarmPrefixes
 FILE_LOOK_S: Final = 10.0  # how often the file of a quarantined model is looked at
 LEAVE_S: Final = 30.0  # for requests in flight, when a model is removed
 RATES_LOOK_S: Final = 5.0
+ROOM_LOOK_S: Final = 5.0  # between two looks for room that nobody asked for
 NONSENSE: Final = (ValueError, TypeError)  # of a worker; or a name that is malformed or taken
-OF_THE_FILE: Final = ("family", "quantisation", "size_bytes")
+OF_THE_FILE: Final = ("family", "quantisation", "size_bytes", "modalities")
+TOLD: Final = (*TABLES, "embedding", "prefill_tokens_per_s", "decode_tokens_per_s", "load_s")
 MEASURED: Final = ("prefill_tokens_per_s", "decode_tokens_per_s", "load_s")
 
 
@@ -84,6 +87,8 @@ class Keeper:
         self._unload = trio.Event()
         self._vacant = trio.Event()
         self._again = trio.Event()  # out of quarantine
+        self._tried = trio.Event()  # it is known how the latest try ended
+        self._again_s = 0.0  # when a quarantine ends by itself
         self._since_s = 0.0
         self._resident_bytes = 0
         self._eager = self._keep != "demand"
@@ -145,14 +150,28 @@ class Keeper:
         }
         if self._door.worker is not None:
             told["resident_bytes"] = self._resident_bytes
+        if self.state is State.QUARANTINED:
+            told["retry_in_s"] = self.retry_in_s
         hello = self._hello or {}
         told |= {name: hello[name] for name in MEASURED if name in hello}
         prepared = self._prepared
         if prepared is not None and isinstance(prepared.inspected.model, Mapping):
             told |= {name: prepared.inspected.model.get(name) for name in OF_THE_FILE}
+        if self._spread and self._door.worker is not None:
+            told["split"] = list(self._spread)
         if prepared is not None and self._plan is not None:
             told |= explain_plan(self._plan, prepared.threads)
         return told
+
+    @property
+    def retry_in_s(self) -> int:
+        """Whole seconds until it is tried again by itself, while it is quarantined."""
+        return max(0, round(self._again_s - self._tools.context.clock()))
+
+    @property
+    def lacking(self) -> str:
+        """What it waits for from other nodes; "": nothing."""
+        return ""
 
     # -- for requests ----------------------------------------------------------------------------------
 
@@ -185,8 +204,11 @@ class Keeper:
                 if not isinstance(done, Mapping):
                     yield item  # noqa: ASYNC119  closed by its reader, as every operation is
                     continue
-                hello = self._take_measured({**(self._hello or {}), **done})
-                told = {"id": self.key, **{name: hello.get(name) for name in (*TABLES, *MEASURED)}}
+                try:
+                    hello = self._take_measured({**(self._hello or {}), **done})
+                except NONSENSE as error:
+                    raise Failed(str(error), code="failed") from error
+                told = {"id": self.key, **{name: hello.get(name) for name in TOLD}}
                 yield {"done": {**told, "resident_bytes": self._resident_bytes}}  # noqa: ASYNC119
 
     def _take_measured(self, hello: Mapping[str, Value]) -> Mapping[str, Value]:
@@ -210,7 +232,12 @@ class Keeper:
 
     def try_again(self) -> None:
         """End the quarantine, if there is one."""
+        self._tried = trio.Event()
         self._again.set()
+
+    async def wait_tried(self) -> None:
+        """Return when it is known how the try ended that was asked for."""
+        await self._tried.wait()
 
     async def retire(self) -> None:
         """Announce it no longer, and give requests in flight some time. The caller then cancels `run`."""
@@ -237,20 +264,24 @@ class Keeper:
                     reason = error.message
                     if wait_s is None:
                         reason = f"{CRASHES_MAX} crashes; the last: {reason}"
-                        await self._quarantine(reason, policy.quarantined())
+                        await self._quarantine(reason, policy)
                     else:
                         await self._back_off(reason, wait_s)
                 except OSError as error:
                     reason = f"{self.model.path}: {error.strerror or error}"
-                    await self._quarantine(reason, policy.quarantined())
+                    await self._quarantine(reason, policy)
                 except (PluginConfigError, ModelRefused, DoesNotFit, *NONSENSE) as error:
-                    await self._quarantine(f"{self.model.path}: {error}", policy.quarantined())
+                    await self._quarantine(f"{self.model.path}: {error}", policy)
         finally:
             self._withdraw()
             self._door.refuse(Refused(f"{self.label} was removed", code="starting"))
+            self._tried.set()
 
     def _enter(self, state: State, reason: str = "") -> None:
         self.state, self.reason = state, reason
+        begun = state in (State.STARTING, State.LOADING)
+        if not begun and (state is not State.COLD or reason or not self._unasked):
+            self._tried.set()
 
     async def _back_off(self, reason: str, wait_s: float) -> None:
         self._withdraw()
@@ -259,31 +290,25 @@ class Keeper:
         log.warning("llama.worker_died", path=self.model.path, reason=reason, restart_in_s=wait_s)
         await trio.sleep(wait_s)
 
-    async def _quarantine(self, reason: str, wait_s: float) -> None:
+    async def _quarantine(self, reason: str, policy: RestartPolicy) -> None:
         """Leave it out, until the time is over, its file changes, or somebody asks for another try."""
+        wait_s = policy.quarantined()
         self._withdraw()
         self._enter(State.QUARANTINED, reason)
         self._door.refuse(Refused(reason, code="starting"))
         log = self._tools.context.log
         log.error("llama.model_quarantined", path=self.model.path, reason=reason, for_s=wait_s)
-        self._again = trio.Event()
+        self._again, self._again_s = trio.Event(), self._tools.context.clock() + wait_s
         before = await self._seen()
         with trio.move_on_after(wait_s):
             while not self._again.is_set() and await self._seen() == before:
                 with trio.move_on_after(FILE_LOOK_S):
                     await self._again.wait()
+        if self._again.is_set():
+            policy.asked()
 
     async def _seen(self) -> tuple[int, ...]:
-        """What tells one state of the file from another, without opening it."""
-
-        def look() -> tuple[int, ...]:
-            try:
-                seen = locate_model(self.model.path).stat()
-            except (OSError, PluginConfigError):
-                return ()
-            return seen.st_ino, seen.st_size, seen.st_mtime_ns
-
-        return await trio.to_thread.run_sync(look)
+        return await trio.to_thread.run_sync(files_seen, self.model)
 
     async def _live(self) -> None:
         """From the file to serving, until something breaks. Raises what `run` sorts."""
@@ -317,11 +342,12 @@ class Keeper:
         inspected = replace(
             inspected, device_bytes=tools.residency.empty_devices(inspected.device_bytes)
         )
-        room = capped(self.model, Room(whole.host_bytes, inspected.device_bytes))
+        room = capped(self.model, replace(whole, device_bytes=inspected.device_bytes))
         self._plan = self._choose(inspected, room)
         self._prepared = Prepared(
             opened.file.digest,
             tuple(each.digest for each in opened.adapters),
+            opened.projector.digest if opened.projector is not None else "",
             inspected,
             tools.machine.threads(self.model.threads),
             self._plan,
@@ -337,24 +363,28 @@ class Keeper:
         assert self._plan is not None, "chosen by `_prepare`"
         return key_of(self.model, self._prepared, self._plan)
 
+    @property
+    def _unasked(self) -> bool:
+        """Whether it is loaded without being asked for."""
+        return self._eager or self._hello is None
+
     async def _wait_wanted(self) -> None:
         """Return when it is asked for; at once for one that is to be in memory, or was never measured.
 
         When there was no room for one of these, it is tried again when something has changed.
         """
-        if self._door.wanted.is_set():
-            return
-        unasked = self._eager or self._hello is None
-        if unasked and not self.reason:
+        if self._door.wanted.is_set() or (self._unasked and not self.reason):
             return
         async with trio.open_nursery() as nursery:
-            if unasked:
+            if self._unasked:
                 nursery.start_soon(self._room_changed, nursery.cancel_scope)
             await self._door.wanted.wait()
             nursery.cancel_scope.cancel()
 
     async def _room_changed(self, scope: trio.CancelScope) -> None:
-        await self._tools.residency.wait_changed()
+        # Nothing tells when one that is in the way has been here for long enough.
+        with trio.move_on_after(ROOM_LOOK_S):
+            await self._tools.residency.wait_changed()
         scope.cancel()
 
     async def _load_and_serve(self) -> None:

@@ -19,14 +19,16 @@ class Prepared:
 
     digest: str
     adapters: tuple[str, ...]
+    projector: str  # "": it has none
     inspected: Inspected
     threads: Chosen
     plan: Plan  # for a machine where nothing else is loaded
 
     def check_same(self, opened: Opened) -> None:
         """The files may have been replaced since they were inspected: then begin anew. Raises Failed."""
-        now = (opened.file.digest, *(each.digest for each in opened.adapters))
-        if now != (self.digest, *self.adapters):
+        now = tuple(each.digest for each in opened.files)
+        beside = (self.projector,) if self.projector else ()
+        if now != (self.digest, *self.adapters, *beside):
             raise Failed("its file changed; it is looked at anew", code="worker_died")
 
 
@@ -45,7 +47,9 @@ def wish_of(model: ModelConfig) -> Wish:
 def capped(model: ModelConfig, room: Room) -> Room:
     """Room for a model, which may have a limit of its own."""
     limit = model.memory_mib_max * MIB
-    return replace(room, host_bytes=min(room.host_bytes, limit)) if limit else room
+    if not limit or limit >= room.host_bytes:
+        return room
+    return replace(room, host_bytes=limit, limit="memory_mib_max of the model")
 
 
 def key_of(model: ModelConfig, prepared: Prepared, plan: Plan) -> str:
@@ -54,6 +58,7 @@ def key_of(model: ModelConfig, prepared: Prepared, plan: Plan) -> str:
     return figures_key(
         digest=prepared.digest,
         adapters=[list(pair) for pair in zip(prepared.adapters, scales, strict=True)],
+        projector=prepared.projector,
         family=model.family,
         threads=prepared.threads.value,
         slots=plan.slots,

@@ -111,7 +111,9 @@ class Residency:
     def whole(self) -> Room:
         """What there would be if nothing was loaded and nobody else took anything."""
         memory = self._machine.memory()
-        return Room(self._capped(memory.total - self._reserve(memory.reserve), 0))
+        free = memory.total - self._reserve(memory.reserve)
+        allowed = self._capped(free, 0)
+        return Room(allowed, limit="plugins.llama.memory_mib_max" if allowed < free else "")
 
     def empty_devices(self, free_bytes: int) -> int:
         """What would be free on GPUs of which so much is free now, if nothing was loaded."""

@@ -44,6 +44,10 @@ class RestartPolicy:
         self._backoff_s = min(2 * self._backoff_s, BACKOFF_MAX_S)
         return wait_s
 
+    def asked(self) -> None:
+        """Somebody asks for another try, having mended something: the next quarantine is a first one."""
+        self._quarantine_s = self._waits.quarantine_s
+
     def quarantined(self) -> float:
         """Return seconds until it is tried again; each time twice as long. Crashes count from 0 then."""
         self._crashes_s.clear()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Final
 
 from meshd_plugins.api import PluginConfigError, Value
+from meshd_plugins.tables import read_boolean, read_choice, read_integer, reject_unknown
 
 AUTO: Final = ("auto",)
 NODES_MAX: Final = 15
@@ -45,24 +45,15 @@ def read_rpc(table: Mapping[str, Value]) -> RpcConfig:
     if not isinstance(entry, Mapping):
         raise PluginConfigError(f"{WHERE} must be a table like {{offer_mib = 2048}}")
     known = [field.name for field in fields(RpcConfig)]
-    for key in entry:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = (
-                f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(known)}"
-            )
-            raise PluginConfigError(f"{WHERE} has the unknown key {key!r}{hint}")
-    privacy = entry.get("privacy", "lan")
-    if privacy not in ("lan", "mesh"):
-        raise PluginConfigError(f"{WHERE}.privacy is {privacy!r}: one of lan, mesh")
+    reject_unknown(entry, known, WHERE)
     return RpcConfig(
-        offer_mib=_integer(entry, "offer_mib", 0, OFFER_MIB_MAX, 0),
-        threads=_integer(entry, "threads", 0, 1024, 0),
-        gpu=_switch(entry, "gpu"),
-        privacy=str(privacy),
-        silence_s=_integer(entry, "silence_s", 2, 600, 10),
-        step_deadline_s=_integer(entry, "step_deadline_s", 0, 3600, 0),
-        allow_loopback=_switch(entry, "allow_loopback"),
+        offer_mib=read_integer(entry, "offer_mib", WHERE, 0, OFFER_MIB_MAX, default=0),
+        threads=read_integer(entry, "threads", WHERE, 0, 1024, default=0),
+        gpu=read_boolean(entry, "gpu", WHERE, default=False),
+        privacy=read_choice(entry, "privacy", WHERE, ("lan", "mesh"), default="lan"),
+        silence_s=read_integer(entry, "silence_s", WHERE, 2, 600, default=10),
+        step_deadline_s=read_integer(entry, "step_deadline_s", WHERE, 0, 3600, default=0),
+        allow_loopback=read_boolean(entry, "allow_loopback", WHERE, default=False),
     )
 
 
@@ -82,17 +73,3 @@ def read_split(entry: Mapping[str, Value], where: str) -> tuple[str, ...]:
             f'{where}.split is {value!r}: give "auto", or a list of at most {NODES_MAX} names of nodes'
         )
     return tuple(str(name) for name in value)
-
-
-def _integer(entry: Mapping[str, Value], name: str, least: int, most: int, default: int) -> int:
-    value = entry.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise PluginConfigError(f"{WHERE}.{name} is {value!r}: an integer from {least} to {most}")
-    return value
-
-
-def _switch(entry: Mapping[str, Value], name: str) -> bool:
-    value = entry.get(name, False)
-    if not isinstance(value, bool):
-        raise PluginConfigError(f"{WHERE}.{name} is {value!r}: true or false")
-    return value

@@ -58,6 +58,12 @@ class SplitKeeper(Keeper):
     """One model of the node with layers on others."""
 
     _is_whole = False  # it is to be split only if it must be, and fits here
+    _lacking = ""
+
+    @property
+    def lacking(self) -> str:
+        """Why there are too few lenders."""
+        return self._lacking
 
     def _choose(self, inspected: Inspected, room: Room) -> Plan:
         """Context and slots as wished for; what goes where is decided when the lenders are known."""
@@ -111,6 +117,7 @@ class SplitKeeper(Keeper):
                     raise DoesNotFit("no lender is there")
                 parts = self._placed(found)
                 if complete or clock() - began_s >= SETTLE_S:
+                    self._lacking = ""
                     return parts
             except DoesNotFit as error:
                 self._wait_for(f"{error}; {missing(offers, build, nodes)}".rstrip("; "))
@@ -125,6 +132,7 @@ class SplitKeeper(Keeper):
 
     def _wait_for(self, reason: str) -> None:
         """Say once why it is not served."""
+        self._lacking = reason
         if (self.state, self.reason) != (State.BACKING_OFF, reason):
             self._withdraw()
             self._enter(State.BACKING_OFF, reason)
