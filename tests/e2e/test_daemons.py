@@ -266,7 +266,7 @@ def test_malformed_and_unknown_names_say_what_is_near(mesh: Mesh) -> None:
 def test_a_request_over_the_limit_is_refused_and_the_node_goes_on(mesh: Mesh) -> None:
     daemon = mesh.start("node", plugins=["echo"], tables=ECHO_TABLE)
     mesh.wait_for_capability(daemon, ECHO)
-    body = json.dumps({"model": ECHO, "messages": [{"role": "user", "content": "x" * 2_000_000}]})
+    body = json.dumps({"model": ECHO, "messages": [{"role": "user", "content": "x" * 9_000_000}]})
     connection = UnixConnection(daemon.socket)
     try:
         connection.request("POST", "/v1/chat/completions", body)

@@ -217,7 +217,7 @@ def test_what_was_measured_is_announced_and_remembered(tmp_path: Path) -> None:
             assert rates is not None
             assert set(rates.decode_tokens_per_s_by_batch) == {1, 2}
             assert rates.decode_tokens_per_s == round(float(str(by_batch["1"])), 1)
-            with pytest.raises(CapabilityError, match="no model 'other' is served here"):
+            with pytest.raises(CapabilityError, match="there is no model 'other' here; there are"):
                 await anext(bench({"id": "other"}))
         async with serving(state, table) as node:
             again = (await node.announced.first()).descriptor.rates

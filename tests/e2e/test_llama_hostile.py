@@ -149,7 +149,8 @@ def test_a_context_that_does_not_fit_the_limit_is_refused_with_the_arithmetic(
         model = demo(slots=8, context=8192, memory_mib_max=200)
         [reason] = (await quarantined(state, new_node(), model)).values()
         assert "needs 1.6 GiB (weights 0.09, KV 1.4 for 8 slots of 8,192 tokens" in reason
-        assert "0.20 GiB are free; with context = 512 and slots = 2 it would fit" in reason
+        assert "0.20 GiB are allowed by memory_mib_max" in reason
+        assert "with context = 512 and slots = 2 it would fit" in reason
 
     run(body, tmp_path)
 

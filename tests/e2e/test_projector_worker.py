@@ -82,6 +82,6 @@ def test_a_projector_that_does_not_fit_is_refused_with_the_sum(tmp_path: Path) -
         model = demo(projector=str(tmp_path / "mmproj.gguf"), memory_mib_max=300)
         [reason] = (await quarantined(state, new_node(), model)).values()
         assert "projector 0.2" in reason
-        assert "0.29 GiB are free" in reason
+        assert "0.29 GiB are allowed by memory_mib_max" in reason
 
     run(body, tmp_path)
