@@ -342,10 +342,12 @@ def test_an_epoch_that_is_raised_while_the_disk_refuses_ends_nothing(mesh: Mesh)
     config = peer.folder / "meshd.toml"
     seeded = config.read_text()
     config.write_text(seeded.replace(f'seeds = ["{HOST}:{entry.port}"]', "seeds = []"))
+    entry.process.send_signal(signal.SIGSTOP)  # it must not tell before the disk refuses
     again = mesh.launch("peer", peer.port, peer.http_port)
     assert status(again)["epoch"] < ahead
     for name in (".epoch.new", ".epoch.copy.new"):
         (state / name).mkdir()  # nothing can be written there any more
+    entry.process.send_signal(signal.SIGCONT)
     mesh.wait("the raise", again, lambda: status(again)["epoch"] > ahead, deadline_s=30)
     mesh.wait_for_capability(entry, ECHO)
     assert status(again)["counters"]["storage"]["failures"] >= 1

@@ -78,6 +78,32 @@ async def test_a_board_without_a_clock_that_was_off_for_a_month_comes_back(tmp_p
 
 
 @trio_test
+async def test_a_board_whose_clock_is_far_ahead_asks_others_than_the_issuer_what_time_it_is(
+    tmp_path: Path,
+) -> None:
+    founder = init_mesh(tmp_path / "a", "home")
+    admit(founder, tmp_path / "b", now_s=time.time() - 60 * DAY_S)
+    for name in "cd":
+        admit(founder, tmp_path / name)
+    town, known = Book(), Book()
+    async with (
+        node(tmp_path / "a", town) as alice,
+        node(tmp_path / "c", town) as carol,
+        node(tmp_path / "d", town) as dave,
+        node(tmp_path / "b", known, ahead_s=400 * DAY_S) as board,
+    ):
+        await settled(
+            lambda: "no issuer" in board.warden.last_error
+        )  # it asked when it knew nobody
+        known.nodes += (alice, carol, dave)
+        board.warden.member_seen(alice.node, "a")
+        # With the issuer's clock alone it would believe its own, and have no certificate that is not long over.
+        await settled(lambda: board.state.verdict.is_good)
+        assert abs(board.state.gate.now_s() - time.time()) < DAY_S
+        assert await echo(board, alice, 7) == 7
+
+
+@trio_test
 async def test_a_certificate_is_renewed_before_it_ends_and_an_issuer_renews_its_own(
     tmp_path: Path,
 ) -> None:

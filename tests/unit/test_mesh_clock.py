@@ -34,7 +34,8 @@ def test_a_minority_of_liars_cannot_move_it_beyond_the_honest(data: st.DataObjec
     clock = MeshClock()
     told = [*(TRUE_S + each for each in honest[1:]), *lies]
     for number, index in enumerate(data.draw(st.permutations(range(len(told))))):
-        clock.heard(node(number), told[index], elapsed_s=100.0)
+        is_issuer = data.draw(st.booleans())  # a lying one moves it no further
+        clock.heard(node(number), told[index], elapsed_s=100.0, is_issuer=is_issuer)
     now_s = clock.now_s(TRUE_S + honest[0], 100.0)
     assert TRUE_S + min(honest) <= now_s <= TRUE_S + max(honest)
 
@@ -66,6 +67,23 @@ def test_of_two_clocks_the_later_one_counts() -> None:
     assert clock.now_s(behind_s, 10.0) == TRUE_S
     clock.heard(node(1), behind_s, 10.0)
     assert clock.now_s(TRUE_S, 10.0) == TRUE_S
+
+
+def test_of_two_clocks_that_of_an_issuer_counts() -> None:
+    ahead_s = TRUE_S + 400 * 86_400.0
+    clock = MeshClock()
+    clock.heard(node(1), TRUE_S, 10.0, is_issuer=True)
+    assert clock.now_s(ahead_s, 10.0) == TRUE_S
+    clock.heard(node(1), TRUE_S, 10.0)  # said on a way that does not show it: as it was
+    assert clock.now_s(ahead_s, 10.0) == TRUE_S
+    clock.is_issuer = True
+    assert clock.now_s(ahead_s, 10.0) == ahead_s, "of two issuers the later one"
+    clock.heard(node(1), ahead_s, 10.0, is_issuer=False)
+    assert clock.now_s(TRUE_S, 10.0) == TRUE_S, "an issuer believes itself rather than a member"
+    clock.forget(node(1))
+    clock.heard(node(1), ahead_s, 10.0)
+    clock.is_issuer = False
+    assert clock.now_s(TRUE_S, 10.0) == ahead_s, "what was known of it is forgotten"
 
 
 def test_setting_our_own_clock_does_not_move_what_was_heard() -> None:

@@ -9,7 +9,7 @@ from meshd.core.decrees import Decrees
 from meshd.core.frames import CLOCK_MAX_S
 from meshd.core.messages import Proclaim
 from meshd.core.wire import encode, payload_of
-from meshd.trust.certificates import Credential, authorities_of
+from meshd.trust.certificates import Credential, Role, authorities_of
 from meshd.trust.identity import Identity
 from meshd.trust.mesh_clock import MeshClock
 from meshd.trust.standing import (
@@ -94,12 +94,16 @@ class Gate:
         """By how much our own clock was set since the last call."""
         return self._clock.jumped_s(self._wall_s(), self._elapsed_s())
 
-    def heard_clock(self, node: NodeId, clock_s: float) -> None:
-        """A peer said what its clock shows."""
+    def use_identity(self, identity: Identity) -> None:
+        """Who we are from now on: an issuer's clock counts for more."""
+        self._clock.is_issuer = identity.is_issuer
+
+    def heard_clock(self, node: NodeId, clock_s: float, *, is_issuer: bool | None = None) -> None:
+        """A peer said what its clock shows. `is_issuer`: None: as it was known to be."""
         if self.is_revoked(node):
             return
         was_known = self.knows_time
-        self._clock.heard(node, clock_s, self._elapsed_s())
+        self._clock.heard(node, clock_s, self._elapsed_s(), is_issuer=is_issuer)
         if self.knows_time and not was_known:
             self.told_time()
 
@@ -138,7 +142,7 @@ class Gate:
         clock of a peer whose dates do not fit counts too: perhaps it is ours that is wrong.
         """
         node = proof.credential.node
-        self.heard_clock(node, clock_s)
+        self.heard_clock(node, clock_s, is_issuer=proof.credential.role is Role.ISSUER)
         verdict = self.judge(proof)
         if verdict.is_good:
             self.met(proof)

@@ -74,6 +74,7 @@ class TrustState:
     ) -> None:
         self.identity = identity
         self.gate = gate
+        gate.use_identity(identity)
         self.ring = ring
         self.certificate_days = certificate_days
         self.heard_of_more: Callable[[NodeId], None] = lambda _peer: None
@@ -143,6 +144,7 @@ class TrustState:
             CertificateError, IdentityError: it is not one for us; nothing was changed.
         """
         self.identity = self.identity.with_chain(parse_der(chain))
+        self.gate.use_identity(self.identity)
         self._dirty.certificate = True
 
     def appoint(self, chain: Sequence[bytes], authority: Sequence[bytes]) -> None:
@@ -156,6 +158,7 @@ class TrustState:
         if not appointed.is_issuer:
             raise CertificateError("the certificate does not say that this node is an issuer")
         self.identity = appointed
+        self.gate.use_identity(self.identity)
         self._dirty.certificate = self._dirty.authority = True
 
     def changed(self, *, keyring: bool = False, decrees: bool = False) -> None:

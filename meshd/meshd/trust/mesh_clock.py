@@ -7,7 +7,9 @@ elapsed on this machine, which no setting of a clock moves, our own among them a
 Invariants:
 
 * As long as less than half of the clocks that count lie, the median lies between two clocks that do not.
-* Of an even number the later one of the two in the middle counts: a clock that was not set is behind.
+* Of an even number the later one of the two in the middle counts: a clock that was not set is behind. But where
+  one of the two alone is an issuer's, that counts: certificates are dated by it, so a board whose clock is far
+  ahead can tell from the first issuer that it meets.
 * A clock that shows a time before the mesh can have been made does not count. If none is left, it is our own,
   and not before that time.
 
@@ -45,30 +47,43 @@ class MeshClock:
         self._earliest_s = max(earliest_s, EARLIEST_S)
         self._samples_max = samples_max
         self._offsets_s: OrderedDict[NodeId, float] = OrderedDict()
+        self._issuers: set[NodeId] = set()  # among those
         self._own_offset_s: float | None = None
+        self.is_issuer = False  # this node
 
     def __len__(self) -> int:
         """The clocks of others that are kept."""
         return len(self._offsets_s)
 
-    def heard(self, node: NodeId, wall_s: float, elapsed_s: float) -> None:
-        """A node that showed who it is said what its clock shows, now."""
+    def heard(
+        self, node: NodeId, wall_s: float, elapsed_s: float, *, is_issuer: bool | None = None
+    ) -> None:
+        """A node that showed who it is said what its clock shows, now. `is_issuer`: None: as it was."""
         self._offsets_s[node] = wall_s - elapsed_s
         self._offsets_s.move_to_end(node)
+        if is_issuer is not None:
+            (self._issuers.add if is_issuer else self._issuers.discard)(node)
         if len(self._offsets_s) > self._samples_max:
-            self._offsets_s.popitem(last=False)
+            forgotten, _ = self._offsets_s.popitem(last=False)
+            self._issuers.discard(forgotten)
 
     def forget(self, node: NodeId) -> None:
         """A node has no voice any more."""
         self._offsets_s.pop(node, None)
+        self._issuers.discard(node)
 
     def now_s(self, wall_s: float, elapsed_s: float) -> float:
         """What time it is in the mesh, seconds since 1970; `wall_s` is what our own clock shows."""
-        offsets_s = [wall_s - elapsed_s, *self._offsets_s.values()]
-        counting = sorted(each for each in offsets_s if each + elapsed_s >= self._earliest_s)
+        said = [(wall_s - elapsed_s, self.is_issuer)]
+        said += [(each, node in self._issuers) for node, each in self._offsets_s.items()]
+        counting = sorted(each for each in said if each[0] + elapsed_s >= self._earliest_s)
         if not counting:
             return max(wall_s, self._earliest_s)
-        return counting[len(counting) // 2] + elapsed_s
+        middle = len(counting) // 2
+        later_s, by_issuer = counting[middle]
+        if len(counting) % 2 == 0 and not by_issuer and counting[middle - 1][1]:
+            return counting[middle - 1][0] + elapsed_s
+        return later_s + elapsed_s
 
     def is_known(self, wall_s: float, elapsed_s: float) -> bool:
         """Whether any clock counts, our own or another."""
