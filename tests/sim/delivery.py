@@ -35,6 +35,8 @@ class Delivery:
         if target is None or network.is_cut(node.number, target.number):
             return
         if effect.lane is Lane.DATAGRAM:
+            if network.walled & {node.number, target.number}:
+                return
             if network.is_lost(rng, node.number, target.number):
                 return
             if world.loses is not None and world.loses(effect, target):

@@ -105,6 +105,23 @@ def _only_it_dies(world: World, *harmed: NodeId) -> None:
             raise Violation(world.message(f"a death was told at {at_s:.3f}: {event}"))
 
 
+@scenario
+def walled(world: World, nodes: int) -> dict[str, float]:
+    """A firewall drops one node's datagrams, and it is slow at times: its streams alone keep it a member."""
+    started(world, nodes)
+    number = world.rng.randrange(nodes)
+    world.network.walled.add(number)
+    for _ in range(3):
+        world.run(world.rng.uniform(5.0, 15.0))
+        world.stall(number, 3.0)
+        world.run(15.0)
+        no_deaths(world, "of or by a node whose streams carry")
+    alive = known_to_all(world, world.id(number), MemberState.ALIVE)
+    found_s = world.run_until(alive, 10.0, "all hold it alive")
+    world.network.walled.clear()
+    return {"found_s": found_s, "settled_s": world.settle(20.0)}
+
+
 @configured(wan)
 def slow_network(world: World, nodes: int) -> dict[str, float]:
     """The WAN preset, with round trips of up to a second and some loss."""

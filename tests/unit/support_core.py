@@ -114,3 +114,7 @@ def messages_in(effects: Sequence[Effect], to: Address | None = None) -> list[Me
 
 def events_in(effects: Sequence[Effect]) -> list[Event]:
     return [effect.event for effect in effects if isinstance(effect, Notify)]
+
+
+def by_stream(effects: Sequence[Effect]) -> list[Effect]:
+    return [one for one in effects if isinstance(one, Send) and one.lane is Lane.STREAM]

@@ -8,6 +8,7 @@ import pytest
 from tests.unit.support_core import (
     address,
     bench,
+    by_stream,
     claim,
     events_in,
     messages_in,
@@ -15,7 +16,7 @@ from tests.unit.support_core import (
 )
 
 from meshd.core.config import lan
-from meshd.core.effects import Knock, Send, StreamPing, Unwatch, Watch
+from meshd.core.effects import Knock, Lane, Send, StreamPing, Unwatch, Watch
 from meshd.core.events import (
     MemberFailed,
     MemberSuspected,
@@ -69,6 +70,36 @@ def test_a_stream_answer_saves_from_suspicion() -> None:
     node.core.stream_pinged(token, True, node.now_s)
     seen = node.run(0.55)
     assert MemberSuspected not in [type(e) for _, effect in seen for e in events_in([effect])]
+
+
+def test_a_suspect_that_answers_by_stream_is_told_of_it_by_stream() -> None:
+    """Behind a firewall that drops UDP it hears of it in no other way."""
+    node = bench()
+    node.meet(1)
+    seen = node.run(lan().probe_interval_s * 3)
+    assert node.state(1) is SUSPECT
+    token = next(effect.token for _, effect in reversed(seen) if isinstance(effect, StreamPing))
+    told = node.core.stream_pinged(token, True, node.now_s)
+    [claimed] = [m for m in messages_in(by_stream(told), address(1)) if isinstance(m, Claim)]
+    assert (claimed.update.node, claimed.update.state) == (node_id(1), SUSPECT)
+
+
+@pytest.mark.parametrize("lane", Lane)
+def test_a_suspicion_is_refuted_the_way_it_was_heard(lane: Lane) -> None:
+    node = bench()
+    node.meet(1)
+    accused = replace(
+        claim(1, SUSPECT, accuser=1), node=node.store.owner, epoch=node.store.epoch
+    )
+    answers = node.tell([Claim(accused, merged=False)], lane=lane)
+    [refutation] = [
+        one.update
+        for effect in answers
+        if isinstance(effect, Send) and effect.lane is lane
+        for one in messages_in([effect], address(1))
+        if isinstance(one, Claim)
+    ]
+    assert (refutation.state, refutation.incarnation) == (ALIVE, 1)
 
 
 def test_a_missing_nack_is_our_own_ill_health_and_a_nack_is_not() -> None:

@@ -141,7 +141,7 @@ class Claims:
         self._told_s[last.node] = context.now_s
         if len(self._told_s) > context.config.members_max:
             del self._told_s[next(iter(self._told_s))]
-        context.send(peer, [Claim(last, merged=False)])
+        context.answer(peer, [Claim(last, merged=False)])
 
     # -- claims -----------------------------------------------------------------------------------------
 
@@ -266,13 +266,13 @@ class Claims:
         if update.epoch > own.epoch:
             self.learn_own_epoch(update.epoch)
         elif update.epoch < own.epoch:
-            context.send(peer, [Claim(own, merged=False)])
+            context.answer(peer, [Claim(own, merged=False)])
         elif update.state is MemberState.LEFT:
             # In this very life, and yet we are here: no incarnation undoes it, a new epoch does.
             self.learn_own_epoch(Epoch(update.epoch + 1))
         elif update.incarnation < own.incarnation:
             if update.state is not MemberState.ALIVE:
-                context.send(peer, [Claim(own, merged=False)])
+                context.answer(peer, [Claim(own, merged=False)])
         elif update.incarnation >= INCARNATION_TOLD_MAX:
             self.learn_own_epoch(Epoch(update.epoch + 1))
         elif update.state is not MemberState.ALIVE or update.incarnation > own.incarnation:
@@ -293,7 +293,7 @@ class Claims:
         self._refuted_s = context.now_s
         self._tellers.charge(update.accuser, sender)
         self.announce(update.incarnation + 1)
-        context.send(peer, [Claim(context.own_update(), merged=False)])
+        context.answer(peer, [Claim(context.own_update(), merged=False)])
 
     def _ask_where(self, held: Member, update: Update) -> None:
         """Where a member is, it says itself: ask at both addresses, once a second at most."""

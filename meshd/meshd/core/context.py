@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from meshd.core.config import GossipConfig
 from meshd.core.decrees import Decrees
-from meshd.core.effects import Address, Effect, Notify, Send
+from meshd.core.effects import Address, Effect, Lane, Notify, Send
 from meshd.core.events import Event
 from meshd.core.membership import LocalNode, Members, MemberState, StateHash, Update
 from meshd.core.messages import Heartbeat, Message
 from meshd.core.offences import Offence, Offences
 from meshd.core.suspicion import LocalHealth
 from meshd.core.timers import Timers
-from meshd.core.wire import encode, payloads_of
+from meshd.core.wire import encode, payload_of, payloads_of
 from meshd_cms.store import Store
 from meshd_cms.types import NodeId, Version
 
@@ -31,6 +31,7 @@ class Peer:
 
     node: NodeId | None  # None: unknown, a first contact
     address: Address
+    lane: Lane = Lane.DATAGRAM  # by which it was heard; see `Context.answer`
 
 
 class Context:
@@ -52,6 +53,7 @@ class Context:
         self.decrees = decrees
         self.now_s = 0.0
         self.heard_s: float | None = None  # when a member of this mesh last spoke to us
+        self.datagram_s: float | None = None  # when one last did so by datagram
         self.incarnation = 0
         self.leaving = False
         self.timers = Timers()
@@ -89,6 +91,11 @@ class Context:
         self.count(f"offence_{kind.value}")
         self.offences.note(node, kind)
 
+    def are_datagrams_silent(self) -> bool:
+        """Whether no member has spoken by datagram for as long as makes a node isolated."""
+        last_s = self.datagram_s
+        return last_s is None or self.now_s - last_s >= self.config.isolation_s
+
     # -- what comes out ---------------------------------------------------------------------------------
 
     def emit(self, effect: Effect) -> None:
@@ -104,6 +111,15 @@ class Context:
         bytes_max = self.config.datagram_payload_bytes_max
         for payload in payloads_of([encode(message) for message in messages], bytes_max):
             self.send_payload(peer, payload)
+
+    def answer(self, peer: Peer, messages: Sequence[Message]) -> None:
+        """Send messages the way the peer was heard: to who speaks by stream, datagrams may not get."""
+        if peer.lane is Lane.STREAM and peer.node is not None:
+            payload = payload_of([encode(message) for message in messages])
+            self.count("streams_sent")
+            self.emit(Send(peer.address, peer.node, payload, Lane.STREAM))
+        else:
+            self.send(peer, messages)
 
     def send_payload(self, peer: Peer, payload: bytes) -> None:
         """Send one datagram."""

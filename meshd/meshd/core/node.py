@@ -256,12 +256,16 @@ class NodeCore:
         else:
             member = context.members.get(sender)
             # A stream has no source port of use, and what knows us by stream knows us as a member.
-            known = member is not None and lane is Lane.STREAM
-            peer = Peer(sender, member.address if member is not None and known else source)
+            if member is not None and lane is Lane.STREAM:
+                peer = Peer(sender, member.address, lane)
+            else:
+                peer = Peer(sender, source)
             if context.decrees.is_revoked(sender):
                 self._proclaiming.refuse(sender, peer)
                 return context.take_effects()
             context.heard_s = context.now_s
+            if lane is Lane.DATAGRAM:
+                context.datagram_s = context.now_s
             if self._claims.on_sender(peer, sender, sender_epoch, messages):
                 self._dispatch(messages, sender, sender_epoch, peer, lane)
         return context.take_effects()
@@ -482,9 +486,18 @@ class NodeCore:
         self._claims.accuse(member, evidence=True)
 
     def _stream_answered(self, node: NodeId) -> None:
-        member = self._context.members.get(node)
+        context = self._context
+        member = context.members.get(node)
         if member is not None and member.state is MemberState.SUSPECT:
+            # Its datagrams and ours may be dropped on the way: what it has to refute, it hears by stream.
+            by_stream = Peer(node, member.address, Lane.STREAM)
+            context.answer(by_stream, [Claim(member.update, merged=False)])
             self._prober.probe(member)
+        if context.are_datagrams_silent():
+            # Only streams carry to us. Whoever we suspect would hear of it too late, one a probe.
+            for suspect in context.members.live():
+                if suspect.state is MemberState.SUSPECT:
+                    self._prober.stream_ping(suspect)
 
     def _say_goodbye(self) -> None:
         context = self._context
