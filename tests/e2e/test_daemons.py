@@ -223,13 +223,15 @@ def test_noise_on_the_stream_port_is_harmless(mesh: Mesh) -> None:
     peer = mesh.start("peer", plugins=["echo"], tables=ECHO_TABLE)
     mesh.wait_for_capability(entry, ECHO)
     for data in (b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096)):
-        with socket.create_connection((HOST, peer.port), timeout=10) as noise:
-            # Who hangs up with some of it unread resets the connection, at any point of this.
-            with contextlib.suppress(ConnectionError):
-                noise.sendall(data)
-                noise.shutdown(socket.SHUT_WR)
-                while noise.recv(4096):
-                    pass
+        # Who hangs up with some of it unread resets the connection, at any point of this.
+        with (
+            contextlib.suppress(ConnectionError),
+            socket.create_connection((HOST, peer.port), timeout=10) as noise,
+        ):
+            noise.sendall(data)
+            noise.shutdown(socket.SHUT_WR)
+            while noise.recv(4096):
+                pass
     assert events(entry, ECHO, "still fine")[-1]["event"] == "answered"
 
 
