@@ -23,6 +23,7 @@ from meshd.core.effects import Address
 from meshd.core.events import (
     Event,
 )
+from meshd.core.handoff import Links
 from meshd.core.membership import LocalNode, MemberState, MemberView
 from meshd.core.mux import MuxConfig
 from meshd.core.node import NodeCore
@@ -147,12 +148,14 @@ class Assembly(ABC):
             mesh_s=self._trust.gate.now_s,
             log=log,
         )
+        self._links = Links(handoff_config(config.handoff))
         self._fetcher = PrefixFetcher(
             self._me,
             self._streams,
             self._catalogue,
             self._access.passports,
             handoff_config(config.handoff),
+            self._links,
             HandoffStatistics(),
             log,
         )
@@ -323,6 +326,7 @@ class Assembly(ABC):
                 Tagger(secrets.token_bytes(SECRET_BYTES)),
                 trio.current_time,
                 handoff_config(config.handoff),
+                self._links,
             ),
         )
         self._access_view = AccessView(

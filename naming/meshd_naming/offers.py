@@ -30,6 +30,7 @@ class Offer:
     privacy: Privacy = Privacy.MESH  # the widest distance from which it may be called
     rates: Rates | None = None  # None: has no notion of tokens
     kv_key: str = ""  # what KV state must be made for to be of use there; "": none is
+    kv_bytes_per_token: int = 0  # of that state
 
     @property
     def weight(self) -> int:
@@ -103,4 +104,5 @@ def offer_from_descriptor(
         privacy=descriptor.privacy,
         rates=rates,
         kv_key=model.kv_key if model is not None and model.kv_bytes_per_token else "",
+        kv_bytes_per_token=model.kv_bytes_per_token if model is not None else 0,
     )

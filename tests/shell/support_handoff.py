@@ -26,7 +26,7 @@ from tests.shell.test_remote_capabilities import KeptAudit
 
 from meshd.config import access_rules
 from meshd.core.frames import WarmHint
-from meshd.core.handoff import HandoffConfig
+from meshd.core.handoff import HandoffConfig, Links
 from meshd.core.membership import MemberState, MemberView
 from meshd.orchestrate.access import AccessPolicy
 from meshd.orchestrate.access_guard import Guard, Source
@@ -330,6 +330,7 @@ def _node(
         catalogue,
         passports,
         config or HandoffConfig(),
+        Links(config or HandoffConfig()),
         HandoffStatistics(),
         log,
     )

@@ -12,7 +12,7 @@ from tests.shell.support_log import KeptLog
 from tests.unit.support_cms import store
 
 from meshd.config import access_rules
-from meshd.core.handoff import HandoffConfig
+from meshd.core.handoff import HandoffConfig, Links
 from meshd.core.membership import MemberState, MemberView
 from meshd.core.prefixes import SECRET_BYTES, Tagger
 from meshd.core.scheduler import ExpectedTimePolicy, Scheduler, SchedulerConfig
@@ -209,7 +209,13 @@ class World:
             self.host,
             self.remote,
             self.guard,
-            Warmth(self.catalogue, Tagger(bytes(SECRET_BYTES)), trio.current_time, HandoffConfig()),
+            Warmth(
+                self.catalogue,
+                Tagger(bytes(SECRET_BYTES)),
+                trio.current_time,
+                HandoffConfig(),
+                Links(HandoffConfig()),
+            ),
         )
         self.executor = Executor(self.router, me)
         self.mesh = Mesh(

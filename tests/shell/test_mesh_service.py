@@ -240,7 +240,7 @@ def test_what_is_shown_of_peers_and_capabilities() -> None:
         world.peer("pi", GENERAL, saying("a"), slots=4)
         world.local(ARITHMETIC, saying("1"), slots=2)
         await trio.sleep(3.0)
-        load = {"queue_max": 8, "draining": False, "capabilities": {GENERAL: [3, 1]}, "cpu": 0.5}
+        load = {"queue_max": 8, "draining": False, "capabilities": {GENERAL: [3, 1, 0]}, "cpu": 0.5}
         world.catalogue.note_load(world.node("pi"), load, age_s=1.0)
         hub, pi = world.mesh.peers()
         assert (hub["name"], hub["self"], hub["load_age_s"]) == ("hub", True, None)

@@ -322,7 +322,7 @@ def test_a_node_that_drains_is_not_asked_and_a_busy_one_last() -> None:
         asked = Asked(world)
         await asked.run()
         assert asked.nodes == ["nano"]
-        load = {"queue_max": 2, "draining": False, "capabilities": {GENERAL: [4, 2]}}
+        load = {"queue_max": 2, "draining": False, "capabilities": {GENERAL: [4, 2, 0]}}
         world.catalogue.note_load(world.node("pi"), load)
         for _ in range(5):
             await asked.run()

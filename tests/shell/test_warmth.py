@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 from tests.shell.support_handoff import model
@@ -20,6 +20,7 @@ from tests.unit.support_cms import store
 
 from meshd.core.frames import WarmHint
 from meshd.core.prefixes import TAG_BYTES, TAGS_MAX, pack_warm
+from meshd.core.scheduler import HeadStart
 from meshd.orchestrate.callers import Caller
 from meshd.orchestrate.events import Ask, Routed
 from meshd.orchestrate.host import Emit
@@ -90,9 +91,20 @@ class Mesh:
         scripted.descriptor = shown
         self.load(name)
 
-    def load(self, name: str, *, busy: int = 0, warm: dict[bytes, int] | None = None) -> None:
+    def load(
+        self,
+        name: str,
+        *,
+        busy: int = 0,
+        warm: dict[bytes, int] | None = None,
+        queue_max: int = 0,
+        held_tenths: int = 0,
+    ) -> None:
         """What a peer says of itself now."""
-        load: dict[str, Value] = {"queue_max": 0, "capabilities": {model().id: [busy, 0]}}
+        load: dict[str, Value] = {
+            "queue_max": queue_max,
+            "capabilities": {model().id: [busy, 0, held_tenths]},
+        }
         if warm is not None:
             load["warm"] = pack_warm(list(warm.items()))
         self.world.catalogue.note_load(self.world.node(name), load)
@@ -156,6 +168,61 @@ def test_where_it_is_warm_but_full_another_serves_and_is_told_where_to_fetch() -
         tag = mesh.requests[0].tags[-1]
         assert mesh.targets[-1].hint == WarmHint(mesh.world.node(first), tag, 1_020)
         assert mesh.world.router.statistics.hinted == 1
+
+    run(body)
+
+
+def test_who_would_wait_long_where_it_is_warm_goes_to_who_can_fetch_it_sooner() -> None:
+    async def served_by(*, held_tenths: int) -> tuple[str, str, WarmHint | None]:
+        mesh = made()
+        mesh.peer("a", answering())
+        mesh.peer("b", answering())
+        first = await mesh.ask(LONG)
+        other = {"a": "b", "b": "a"}[first]
+        mesh.load(first, busy=model().slots, queue_max=8, held_tenths=held_tenths)
+        mesh.load(other, queue_max=8)
+        return first, await mesh.ask(LONG, "an answer", "And then?"), mesh.targets[-1].hint
+
+    async def body() -> None:
+        first, then, hint = await served_by(held_tenths=600)
+        assert then != first
+        assert hint is not None, "and it is told where to fetch"
+        first, then, hint = await served_by(held_tenths=1)
+        assert then == first, "the slot is free sooner than anything could be fetched"
+        assert hint is None
+
+    run(body)
+
+
+def test_what_can_be_fetched_is_counted_by_where_it_is_and_how_far_that_is() -> None:
+    async def body() -> None:
+        mesh = made()
+        mesh.peer("a", answering())
+        await mesh.ask(LONG)
+        mesh.peer("b", answering())
+        world, tag = mesh.world, mesh.requests[0].tags[-1]
+        texts: list[Value] = [
+            {"role": "user", "content": LONG},
+            {"role": "assistant", "content": "an answer"},
+            {"role": "user", "content": "And then?"},
+        ]
+        request = Request("r-1", GENERAL, Operation.CHAT, {"messages": texts}, privacy=Privacy.MESH)
+        caller = Caller(world.node("hub"))
+        there = {
+            each.offer.owner: world.router._warmth.begin(request, caller).head_start(each)
+            for each in world.catalogue.resolve(GENERAL, _OPTIONS).candidates
+        }
+        assert tag in world.router._warmth.begin(request, caller).tags(
+            world.catalogue.resolve(GENERAL, _OPTIONS).candidates[0]
+        )
+        assert there[world.node("a")] == HeadStart(1_020)
+        fetching = there[world.node("b")]
+        assert (fetching.warm_tokens, fetching.fetched_tokens) == (0, 1_020)
+        assert 0.0 < fetching.fetch_s < 10.0, "its prefill takes 10 s"
+        local = replace(request, privacy=Privacy.LOCAL)
+        for each in world.catalogue.resolve(GENERAL, _OPTIONS).candidates:
+            found = world.router._warmth.begin(local, caller).head_start(each)
+            assert not found.fetched_tokens, "what stays here is fetched from nowhere"
 
     run(body)
 

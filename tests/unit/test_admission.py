@@ -83,6 +83,21 @@ def test_a_long_request_does_not_close_an_idle_door() -> None:
     assert isinstance(door.request(ticket(deadline_s=3601.0), 3600.0), Admitted)
 
 
+def test_a_door_full_of_long_requests_says_so_before_one_has_ended() -> None:
+    door = admission(slots=2)
+    assert door.held_s(0.0) == 0.0
+    short = ticket()
+    door.request(short, 0.0)
+    door.release(short, 1.0)
+    assert door.held_s(5.0) == 1.0
+    for began_s in (10.0, 20.0):
+        door.request(ticket(deadline_s=1e9), began_s)
+    assert door.held_s(20.0) == 5.0
+    assert door.held_s(70.0) == 55.0
+    assert isinstance(door.request(ticket(deadline_s=80.0), 70.0), Refused), "27.5 s expected"
+    assert door.request(ticket(deadline_s=100.0), 70.0) == Queued(1, 27.5)
+
+
 def test_late_tickets_are_stepped_over_and_handed_back() -> None:
     door = admission()
     first, late, good = ticket(), ticket(deadline_s=5.0), ticket()

@@ -88,9 +88,7 @@ def test_a_suspect_that_answers_by_stream_is_told_of_it_by_stream() -> None:
 def test_a_suspicion_is_refuted_the_way_it_was_heard(lane: Lane) -> None:
     node = bench()
     node.meet(1)
-    accused = replace(
-        claim(1, SUSPECT, accuser=1), node=node.store.owner, epoch=node.store.epoch
-    )
+    accused = replace(claim(1, SUSPECT, accuser=1), node=node.store.owner, epoch=node.store.epoch)
     answers = node.tell([Claim(accused, merged=False)], lane=lane)
     [refutation] = [
         one.update

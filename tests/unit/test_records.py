@@ -9,16 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshd.core.prefixes import unpack_warm
+from meshd.core.scheduler import Load
 from meshd.orchestrate.decoding import Malformed, count, mapping, number
 from meshd.orchestrate.records import (
+    HELD_S_MAX,
     LICENCE_CHARS_MAX,
     SUMMARY_CHARS_MAX,
-    busy_from,
     capability_key,
     capability_value,
     check_fits,
     descriptor_from,
     load_for_people,
+    load_from,
     load_value,
     model_from,
     model_key,
@@ -244,14 +246,22 @@ busy = st.dictionaries(st.text(min_size=1, max_size=40), st.tuples(counts, count
 
 
 @settings(max_examples=100, deadline=None)
-@given(busy, st.dictionaries(texts, plain, max_size=5), st.integers(0, 64), st.booleans())
+@given(
+    busy,
+    st.floats(0.0, 10_000.0),
+    st.dictionaries(texts, plain, max_size=5),
+    st.integers(0, 64),
+    st.booleans(),
+)
 def test_load_fits_a_datagram_and_says_of_the_busiest_how_busy(
     taken: dict[str, tuple[int, int]],
+    each_s: float,
     device: dict[str, Value],
     queue_max: int,
     draining: bool,
 ) -> None:
-    load = load_value(taken, queue_max=queue_max, draining=draining, figures=device)
+    held_s = dict.fromkeys(taken, each_s)
+    load = load_value(taken, held_s, queue_max=queue_max, draining=draining, figures=device)
     assert len(pack_value(load)) <= SOFT_VALUE_BYTES_MAX
     read = carried(load)
     assert isinstance(read, dict)
@@ -259,22 +269,26 @@ def test_load_fits_a_datagram_and_says_of_the_busiest_how_busy(
     listed = mapping(read["capabilities"], "load")
     for key, (running, waiting) in taken.items():
         if key in listed:
-            assert busy_from(read, key) == (running, waiting, queue_max)
+            told = load_from(read, key)
+            assert (told.busy, told.queued, told.queue_max) == (running, waiting, queue_max)
+            assert told.held_s == pytest.approx(min(each_s, HELD_S_MAX), rel=0.25, abs=0.05)
     left_out = [sum(pair) for key, pair in taken.items() if key not in listed]
     assert max(left_out, default=0) <= min((sum(taken[key]) for key in listed), default=2**64)
 
 
 def test_usual_load_keeps_the_figures_of_the_device() -> None:
     taken = {"knowledge.gpt/general#01234567": (2, 1), "computation.gpt/arithmetic": (0, 0)}
-    load = load_value(taken, queue_max=8, draining=False, figures={"cpu": 0.5})
+    held_s = {"knowledge.gpt/general#01234567": 24.0}
+    load = load_value(taken, held_s, queue_max=8, draining=False, figures={"cpu": 0.5})
     assert load["cpu"] == 0.5
-    assert busy_from(load, "computation.gpt/arithmetic") == (0, 0, 8)
-    assert busy_from(load, "knowledge.gpt/general#01234567") == (2, 1, 8)
+    assert load_from(load, "computation.gpt/arithmetic") == Load(0, queue_max=8)
+    there = load_from(load, "knowledge.gpt/general#01234567")
+    assert there == Load(2, queued=1, queue_max=8, held_s=25.6)
 
 
 def test_what_is_warm_is_told_beside_the_load() -> None:
     warm = [(b"%04d-tag" % number, 1_000 + number) for number in range(20)]
-    load = load_value({}, queue_max=8, draining=False, figures={"cpu": 0.5}, warm=warm)
+    load = load_value({}, {}, queue_max=8, draining=False, figures={"cpu": 0.5}, warm=warm)
     assert load["cpu"] == 0.5
     told = unpack_warm(carried(load)["warm"])  # type: ignore[call-overload, index]
     assert told is not None
@@ -283,18 +297,18 @@ def test_what_is_warm_is_told_beside_the_load() -> None:
 
 
 def test_who_keeps_nothing_warm_tells_nothing_and_who_keeps_none_now_tells_that() -> None:
-    assert "warm" not in load_value({}, queue_max=8, draining=False, figures={})
-    assert load_value({}, queue_max=8, draining=False, figures={}, warm=())["warm"] == b""
+    assert "warm" not in load_value({}, {}, queue_max=8, draining=False, figures={})
+    assert load_value({}, {}, queue_max=8, draining=False, figures={}, warm=())["warm"] == b""
 
 
 def test_the_device_gives_way_to_what_is_warm_and_that_to_who_is_busy() -> None:
     warm = [(b"%04d-tag" % number, 1_000) for number in range(16)]
-    many = {f"knowledge.gpt/a-rather-long-name-{number:03}": (1, 0) for number in range(9)}
-    load = load_value(many, queue_max=8, draining=False, figures={"x": "y" * 90}, warm=warm)
+    many = {f"knowledge.gpt/a-rather-long-name-{number:03}": (1, 0) for number in range(8)}
+    load = load_value(many, {}, queue_max=8, draining=False, figures={"x": "y" * 90}, warm=warm)
     assert "x" not in load
     assert "warm" in load
     more = {f"knowledge.gpt/a-rather-long-name-{number:03}": (1, 0) for number in range(11)}
-    load = load_value(more, queue_max=8, draining=False, figures={}, warm=warm)
+    load = load_value(more, {}, queue_max=8, draining=False, figures={}, warm=warm)
     assert "warm" not in load
     assert len(mapping(load["capabilities"], "load")) == 11
 
@@ -306,18 +320,20 @@ def test_the_device_gives_way_to_what_is_warm_and_that_to_who_is_busy() -> None:
         {"capabilities": []},
         {"capabilities": {"a": 1}},
         {"capabilities": {"a": [1]}},
-        {"capabilities": {"a": [1, -1]}},
+        {"capabilities": {"a": [1, 0]}},
+        {"capabilities": {"a": [1, -1, 0]}},
+        {"capabilities": {"a": [1, 0, -1]}},
         {"capabilities": {}, "queue_max": "many"},
     ],
 )
 def test_malformed_load(load: dict[str, Value]) -> None:
     with pytest.raises(Malformed):
-        busy_from(load, "a")
+        load_from(load, "a")
 
 
 def test_people_are_shown_how_many_prefixes_are_warm() -> None:
     warm = [(b"%04d-tag" % number, 1_000) for number in range(3)]
-    load = load_value({}, queue_max=8, draining=False, figures={"cpu": 0.5}, warm=warm)
+    load = load_value({}, {}, queue_max=8, draining=False, figures={"cpu": 0.5}, warm=warm)
     shown = load_for_people(load)
     assert shown == {
         "cpu": 0.5,

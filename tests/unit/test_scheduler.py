@@ -13,10 +13,12 @@ from tests.unit.support_naming import node, offer
 from tests.unit.support_scheduler import Setting, lost_share
 
 from meshd.core.scheduler import (
+    NO_HEAD_START,
     POLICIES,
     Choice,
     Demand,
     ExpectedTimePolicy,
+    HeadStart,
     InFlight,
     Key,
     Load,
@@ -82,11 +84,16 @@ def test_a_fast_peer_with_a_queue_gives_way_to_a_slower_idle_one() -> None:
     assert first(ordered(*pair, loads={1: Load(0), 2: queue})) == 1
 
 
-def test_queued_tokens_count_when_they_say_more_than_the_queue() -> None:
+def test_how_long_requests_take_there_says_how_long_this_one_waits() -> None:
     pair = (candidate(1, slots=2), candidate(2, slots=2))
-    long = Load(2, queued=1, queue_max=8, queued_tokens=4000)
-    short = replace(long, queued_tokens=10)
-    assert first(ordered(*pair, loads={1: long, 2: short})) == 2
+    full = Load(2, queued=1, queue_max=8)
+    choices = ordered(*pair, loads={1: replace(full, held_s=60.0), 2: replace(full, held_s=2.0)})
+    assert first(choices) == 2
+    waits = {choice.candidate.offer.owner: choice.first_s for choice in choices}
+    # Two must end before it starts, one of the two slots at a time.
+    assert waits[node(1)] - waits[node(2)] == pytest.approx(60.0 - 2.0)
+    idle = Load(1, queue_max=8, held_s=60.0)
+    assert first(ordered(*pair, loads={1: idle, 2: full})) == 1, "a free slot is not waited for"
 
 
 def test_own_requests_since_the_sample_count() -> None:
@@ -263,7 +270,17 @@ def warm_order(
     *candidates: Candidate, warm: Mapping[int, int], loads: Mapping[int, Load], prompt_tokens: int
 ) -> tuple[Choice, ...]:
     """In order, with so many tokens of the prompt warm at each."""
-    tokens = {node(number): count for number, count in warm.items()}
+    there = {node(number): HeadStart(count) for number, count in warm.items()}
+    return started_order(*candidates, there=there, loads=loads, prompt_tokens=prompt_tokens)
+
+
+def started_order(
+    *candidates: Candidate,
+    there: Mapping[NodeId, HeadStart],
+    loads: Mapping[int, Load],
+    prompt_tokens: int,
+) -> tuple[Choice, ...]:
+    """In order, with such a beginning at each."""
     known = {key(number): load for number, load in loads.items()}
     return Scheduler(ExpectedTimePolicy(), SchedulerConfig(), Random(7)).order(
         candidates,
@@ -271,8 +288,28 @@ def warm_order(
         known.get,
         {}.get,
         100.0,
-        lambda candidate: tokens.get(candidate.offer.owner, 0),
+        lambda candidate: there.get(candidate.offer.owner, NO_HEAD_START),
     )
+
+
+def test_an_idle_peer_that_can_fetch_the_beginning_goes_before_a_warm_one_that_is_waited_for() -> (
+    None
+):
+    pair = (candidate(1), candidate(2))
+    busy = {1: Load(2, queued=0, queue_max=8, held_s=20.0), 2: Load(0, queue_max=8)}
+    there = {node(1): HeadStart(9_500), node(2): HeadStart(0, 9_500, 1.5)}
+    choices = started_order(*pair, there=there, loads=busy, prompt_tokens=10_000)
+    assert first(choices) == 2
+    assert choices[0].first_s == pytest.approx(0.005 + 1.5 + 500 / 200)
+    assert "could fetch 9500 in 1.50 s" in choices[0].reason
+    idle = {1: Load(0, queue_max=8), 2: Load(0, queue_max=8)}
+    assert first(started_order(*pair, there=there, loads=idle, prompt_tokens=10_000)) == 1
+
+
+def test_a_beginning_that_is_sooner_computed_than_fetched_is_computed() -> None:
+    there = {node(1): HeadStart(0, 400, 5.0)}
+    [choice] = started_order(candidate(1), there=there, loads={1: Load(0)}, prompt_tokens=500)
+    assert choice.first_s == pytest.approx(0.005 + 500 / 200)
 
 
 def test_what_is_warm_is_not_computed_again() -> None:

@@ -112,7 +112,7 @@ class Admission:
             waits = f"{len(self._running)} run and {self._waiting_count} wait"
             return self._refuse("busy", "refused_busy", waits)
         position = self._position(ticket.caller)
-        wait_s = self._service_s * position / self.config.slots
+        wait_s = self.held_s(now_s) * position / self.config.slots
         if wait_s + ticket.service_s > remaining_s:
             return self._refuse_late(wait_s + ticket.service_s, remaining_s)
         self._waiting.setdefault(ticket.caller, deque()).append(ticket)
@@ -179,6 +179,16 @@ class Admission:
             "queue_max": self.config.queue_max,
             "draining": int(self._draining),
         }
+
+    def held_s(self, now_s: float) -> float:
+        """How long a request is expected to hold its slot, in seconds; 0.0 when nothing is known.
+
+        The mean of those that ended, or how long those that run have run by now, if that is more: of a
+        door that is full of long ones, none may have ended yet.
+        """
+        running = self._running.values()
+        ages_s = sum(now_s - started_s for started_s in running)
+        return max(self._service_s, ages_s / len(running) if running else 0.0)
 
     def counters(self) -> Mapping[str, int]:
         """Events since the start, by kind; a closed set."""

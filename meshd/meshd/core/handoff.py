@@ -135,6 +135,11 @@ class Links:
         rate, at_s = self._seen.get(node, (0.0, 0.0))
         if rate and now_s - at_s <= config.remembered_s:
             return rate
+        return self.guess(round_trip_s)
+
+    def guess(self, round_trip_s: float | None) -> float:
+        """Bytes/s of a link that was not tried, or is another node's."""
+        config = self._config
         away_s = config.near_s * 4 if round_trip_s is None else max(round_trip_s, config.near_s)
         return config.near_bytes_per_s * config.near_s / away_s
 

@@ -42,7 +42,7 @@ class Load:
     busy: int  # slots
     queued: int = 0  # requests that wait
     queue_max: int = 0  # requests that may wait
-    queued_tokens: int = 0  # to be decoded for them; 0: not known
+    held_s: float = 0.0  # that a request holds a slot there, as it measured; 0.0: not known
     age_s: float = 0.0  # since it was sampled
 
 
@@ -89,6 +89,17 @@ class SchedulerConfig:
     default_round_trip_s: float = 0.005  # for a peer whose link was not measured. Up: prefers local
 
 
+class HeadStart(NamedTuple):
+    """What need not be computed of a request's prompt at one candidate."""
+
+    warm_tokens: int = 0  # whose KV state is there, as far as is known
+    fetched_tokens: int = 0  # whose state could be fetched from another node instead
+    fetch_s: float = 0.0  # that this is expected to take
+
+
+NO_HEAD_START = HeadStart()
+
+
 class View(NamedTuple):
     """One candidate with all that is known about it at this moment. Made by the hundred, so a tuple."""
 
@@ -98,7 +109,7 @@ class View(NamedTuple):
     since_sample: int = 0  # own begun less own finished since the load was sampled; may be negative
     round_trip_s: float | None = None  # 0.0 when local; None: not measured
     failures: float = 0.0  # remembered, decaying
-    warm_tokens: int = 0  # of the prompt's beginning whose KV state is there, as far as is known
+    head_start: HeadStart = NO_HEAD_START
 
     @property
     def occupied(self) -> int:
@@ -149,7 +160,10 @@ class Choice(NamedTuple):
         known = f"known {load.age_s:.1f} s ago" if load else "load not known"
         failures = f"; {view.failures:.1f} recent failures" if view.failures >= 0.1 else ""
         resort = "; believed full" if view.full else ""
-        warm = f"; warm: {view.warm_tokens} tokens" if view.warm_tokens else ""
+        head_start = view.head_start
+        warm = f"; warm: {head_start.warm_tokens} tokens" if head_start.warm_tokens else ""
+        if head_start.fetched_tokens:
+            warm += f"; could fetch {head_start.fetched_tokens} in {head_start.fetch_s:.2f} s"
         return (
             f"{self.policy}: {expected}{view.occupied} of {slots} slots taken, {known}, "
             f"{view.in_flight} of ours{warm}{failures}{resort}; {self.candidate.reason}"
@@ -260,18 +274,17 @@ class ExpectedTimePolicy:
             decode_s = config.default_service_s
         else:
             prefill = rates.prefill_tokens_per_s or config.default_prefill_tokens_per_s
-            cold_tokens = max(0, demand.prompt_tokens - view.warm_tokens)
             token_s = 1.0 / max(RATE_FLOOR_TOKENS_PER_S, prefill)
             if not demand.answer_tokens:  # texts of all requests there share the batches
                 token_s *= 1.0 + taken
-            prefill_s, computed_s = cold_tokens * token_s, demand.prompt_tokens * token_s
+            computed_s = demand.prompt_tokens * token_s
+            prefill_s = _prefill_s(demand.prompt_tokens, token_s, view.head_start)
             decode_s = demand.answer_tokens / self._decode(rates, min(taken + 1.0, offer.slots))
         ahead = max(0.0, taken + 1.0 - offer.slots)  # that must end before this one starts
-        # What is warm for this one is not for those: they are believed to take as long as it would take cold.
-        wait_s = ahead * (computed_s + decode_s) / offer.slots
-        if load is not None and load.queued_tokens and rates is not None:
-            backlog_s = load.queued_tokens / (self._decode(rates, 1.0) * offer.slots)
-            wait_s = max(wait_s, trust * backlog_s)
+        # Those are believed to take as long as others took there. Where nothing is known of that: as long as
+        # this one would cold, since what is warm for it is not for them.
+        held_s = load.held_s if load is not None and load.held_s else computed_s + decode_s
+        wait_s = ahead * held_s / offer.slots
         link_s = 0.0 if view.candidate.local else config.default_round_trip_s
         if view.round_trip_s is not None:
             link_s = view.round_trip_s
@@ -299,6 +312,15 @@ POLICIES: Mapping[str, Policy] = {
     )
 }
 """The built-in policies by name, with default knobs."""
+
+
+def _prefill_s(prompt_tokens: int, token_s: float, head_start: HeadStart) -> float:
+    """Until the prompt's state is there: computed from what is warm on, or fetched if that is sooner."""
+    here_s = max(0, prompt_tokens - head_start.warm_tokens) * token_s
+    if not head_start.fetched_tokens:
+        return here_s
+    rest_s = max(0, prompt_tokens - head_start.fetched_tokens) * token_s
+    return min(here_s, head_start.fetch_s + rest_s)
 
 
 def loading_s(offer: Offer) -> float:
@@ -400,11 +422,11 @@ class Scheduler:
         load_of: Callable[[Key], Load | None],
         round_trip_of: Callable[[NodeId], float | None],
         now_s: float,
-        warm_of: Callable[[Candidate], int] = lambda _candidate: 0,
+        head_start_of: Callable[[Candidate], HeadStart] = lambda _candidate: NO_HEAD_START,
     ) -> tuple[Choice, ...]:
         """Every candidate once, in the order to ask them. Changes nothing but the generator.
 
-        `warm_of` says how many tokens of this very prompt need not be computed at a candidate.
+        `head_start_of` says what of this very prompt need not be computed at a candidate.
         """
         hopeful: list[Choice] = []
         last_resort: list[Choice] = []
@@ -412,7 +434,7 @@ class Scheduler:
         for _, group in groupby(by_class, key=lambda candidate: candidate.priority):
             views = [
                 self._view(one, load_of, round_trip_of, now_s)._replace(
-                    warm_tokens=0 if loading_s(one.offer) else warm_of(one)
+                    head_start=NO_HEAD_START if loading_s(one.offer) else head_start_of(one)
                 )
                 for one in group
             ]

@@ -95,6 +95,7 @@ class Announcer:
         host = self.host
         return load_value(
             host.busy() if host is not None else {},
+            host.held_s() if host is not None else {},
             queue_max=host.queue_max if host is not None else 0,
             draining=host is not None and host.draining,
             figures=self._sampled,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from meshd.core.effects import Address
@@ -24,9 +24,9 @@ from meshd.orchestrate.records import (
     CAPABILITY_PREFIX,
     NODE_KEY,
     WARM_FIELD,
-    busy_from,
     capability_key,
     descriptor_from,
+    load_from,
     model_key,
 )
 from meshd_cms import NodeId, Store
@@ -171,10 +171,9 @@ class Catalogue:
             return None
         load, age_s = shown
         try:
-            busy, queued, queue_max = busy_from(load, capability_id)
+            return replace(load_from(load, capability_id), age_s=age_s)
         except Malformed:
             return None
-        return Load(busy=busy, queued=queued, queue_max=queue_max, age_s=age_s)
 
     def take_asked(self) -> tuple[NodeId, ...]:
         """The nodes whose load was asked for since the last call: those that we route to."""
@@ -211,9 +210,11 @@ class Catalogue:
         return None if sampled is None else max(0.0, self._clock() - sampled.at_s)
 
     def round_trip_of(self, owner: NodeId) -> float | None:
-        """Seconds, as membership last measured; None when it did not."""
+        """Seconds, as membership last measured; 0.0 to this node itself, None when it did not."""
         member = self._members.get(owner)
-        return member.round_trip_s if member else None
+        if member is None:
+            return None
+        return 0.0 if member.is_self else member.round_trip_s
 
     def address_of(self, owner: NodeId) -> Address | None:
         """Where a member is reached now."""

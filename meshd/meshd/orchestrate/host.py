@@ -175,6 +175,11 @@ class CapabilityHost:
         loads = {key: hosted.door.load() for key, hosted in self._hosted.items()}
         return {key: (load["busy"], load["queued"]) for key, load in loads.items()}
 
+    def held_s(self) -> dict[str, float]:
+        """Seconds that a request is expected to hold a slot, by capability id; 0.0: not known."""
+        now_s = trio.current_time()
+        return {key: hosted.door.held_s(now_s) for key, hosted in self._hosted.items()}
+
     def holders(self) -> tuple[tuple[Descriptor, PrefixHolder], ...]:
         """The capabilities that keep KV state which other nodes may take over."""
         return tuple(

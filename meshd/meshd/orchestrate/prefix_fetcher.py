@@ -97,6 +97,7 @@ class PrefixFetcher:
         catalogue: knows them.
         passports: prove there who asks.
         config: of the choice.
+        links: how fast they hand over, learnt here.
         statistics: counted here.
         log: one line for each fetch.
     """
@@ -108,6 +109,7 @@ class PrefixFetcher:
         catalogue: Catalogue,
         passports: Passports,
         config: HandoffConfig,
+        links: Links,
         statistics: HandoffStatistics,
         log: Logger,
     ) -> None:
@@ -116,7 +118,7 @@ class PrefixFetcher:
         self._catalogue = catalogue
         self._passports = passports
         self._config = config
-        self._links = Links(config)
+        self._links = links
         self._log = log
         self._running = 0
         self.statistics = statistics

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from meshd.core.prefixes import pack_warm, unpack_warm
+from meshd.core.scheduler import Load
 from meshd.orchestrate.decoding import Malformed, count, mapping, number, sequence, text, typed
 from meshd_cms import ENTRY_BYTES_MAX, Entry, StoreError, ValueTooLarge, Version
 from meshd_cms.entries import UNSIGNED, check_key, entry_size_bytes, pack_value
@@ -30,6 +31,7 @@ WARM_FIELD = "warm"  # of a load
 DIGEST_CHARS = 16  # of the model's sha256 in keys: the whole digest is in the value
 SUMMARY_CHARS_MAX = 120  # what is longer is cut
 LICENCE_CHARS_MAX = 60  # some model files carry the text of a licence where its name belongs
+HELD_S_MAX = 3600.0
 _OPERATIONS = {operation.value: operation for operation in Operation}
 
 
@@ -113,6 +115,7 @@ def _check_entry(key: str, value: Value) -> None:
 
 def load_value(
     busy: Mapping[str, tuple[int, int]],
+    held_s: Mapping[str, float],
     *,
     queue_max: int,
     draining: bool,
@@ -127,6 +130,8 @@ def load_value(
 
     Args:
         busy: requests that run and that wait, by capability id.
+        held_s: how long each is expected to hold its slot, by capability id; told in tenths of a second, of
+            which the first two bits count, so that it does not change with every request.
         queue_max: how many may wait for one capability.
         draining: the node takes no new work.
         figures: how busy the device is, from plugins.
@@ -141,7 +146,9 @@ def load_value(
     shown: Mapping[str, Value] = figures
     told = None if warm is None else pack_warm(warm)
     while True:
-        capabilities: dict[str, Value] = {key: list(taken) for _, key, taken in listed}
+        capabilities: dict[str, Value] = {
+            key: [*taken, _tenths(held_s.get(key, 0.0))] for _, key, taken in listed
+        }
         value = {**shown, **head, "capabilities": capabilities}
         if told is not None:
             value[WARM_FIELD] = told
@@ -171,8 +178,15 @@ def _fits(value: Value, bytes_max: int) -> bool:
         return False
 
 
-def busy_from(load: Mapping[str, Value], capability_id: str) -> tuple[int, int, int]:
-    """Requests of one capability that run, that wait, and that may wait, as a peer said.
+def _tenths(seconds: float) -> int:
+    """Tenths of a second, rounded to two bits: 1, 2, 3, 4, 6, 8, 12, 16, 24 ..."""
+    tenths = round(min(seconds, HELD_S_MAX) * 10)
+    dropped = max(0, tenths.bit_length() - 2)
+    return (tenths + ((1 << dropped) >> 1)) >> dropped << dropped
+
+
+def load_from(load: Mapping[str, Value], capability_id: str) -> Load:
+    """What a peer said of one capability; its age is left at 0.
 
     Raises:
         Malformed: it said something else.
@@ -180,11 +194,13 @@ def busy_from(load: Mapping[str, Value], capability_id: str) -> tuple[int, int, 
     queue_max = count(load.get("queue_max", 0), "queue_max")
     taken = mapping(load.get("capabilities"), "load").get(capability_id)
     if taken is None:
-        return 0, 0, queue_max
-    pair = sequence(taken, "load")
-    if len(pair) != 2:
-        raise Malformed("load: expected what runs and what waits")
-    return count(pair[0], "busy"), count(pair[1], "queued"), queue_max
+        return Load(0, queue_max=queue_max)
+    told = sequence(taken, "load")
+    if len(told) != 3:
+        raise Malformed("load: expected what runs, what waits, and how long one takes")
+    busy, queued, tenths = count(told[0], "busy"), count(told[1], "queued"), count(told[2], "held")
+    held_s = min(tenths / 10, HELD_S_MAX)
+    return Load(busy, queued=queued, queue_max=queue_max, held_s=held_s)
 
 
 def descriptor_from(value: Value, model: Value) -> Descriptor:

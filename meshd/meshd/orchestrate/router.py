@@ -184,7 +184,7 @@ class Router:
             self._catalogue.load_of,
             self._catalogue.round_trip_of,
             trio.current_time(),
-            beginning.warm_tokens,
+            beginning.head_start,
         )
         return self._allowed(ordered, request, caller)
 
