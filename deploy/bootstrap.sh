@@ -13,7 +13,8 @@ root=$(cd -- "${BASH_SOURCE[0]%/*}/.." && pwd)
 venv=${VENV:-$root/.venv}
 stamp=$venv/.bootstrap
 log=$venv/build.log
-llama_options="-DGGML_RPC=on -DLLAVA_BUILD=on -DLLAMA_OPENSSL=off"
+lean=$root/deploy/llama_lean.cmake
+llama_options="-DGGML_RPC=on -DLLAVA_BUILD=on -DLLAMA_OPENSSL=off -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(printf %q "$lean")"
 
 say() { printf '%s\n' "$*"; }
 
@@ -91,7 +92,7 @@ sys.exit(version(name) != sys.argv[1] or not any("libmtmd" in each.name for each
 
 # What the installed state depends on.
 fingerprint() {
-    { printf '%s %s\n' "$root" "$1"; cat "$root/pyproject.toml" "$root/constraints.txt" "${BASH_SOURCE[0]}"; } | sha256sum
+    { printf '%s %s\n' "$root" "$1"; cat "$root/pyproject.toml" "$root/constraints.txt" "$lean" "${BASH_SOURCE[0]}"; } | sha256sum
 }
 
 failed() {
@@ -114,7 +115,7 @@ pip_install() {
 build_llama() {
     local cores minutes
     cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || printf 1)
-    minutes=$(((18 + cores - 1) / cores))
+    minutes=$(((10 + cores - 1) / cores))
     say "building llama-cpp-python $(pinned_llama): about $minutes minutes on $cores cores, once" \
         "(seconds where pip has built it before); everything goes to ${log#"$root"/}"
     export CMAKE_ARGS="$llama_options ${CMAKE_ARGS:-}" CMAKE_BUILD_PARALLEL_LEVEL=$cores

@@ -118,6 +118,7 @@ find_cuda() {
 
 install_llama() {
     local options="-DGGML_RPC=on -DLLAVA_BUILD=on -DLLAMA_OPENSSL=off" settings
+    options+=" -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(printf %q "$source_dir/deploy/llama_lean.cmake")"
     find_cuda
     settings=("CMAKE_BUILD_PARALLEL_LEVEL=$(getconf _NPROCESSORS_ONLN)")
     if [[ -n $nvcc ]]; then
