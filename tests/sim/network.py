@@ -43,7 +43,9 @@ class Network:
     loss_in: dict[int, float] = field(default_factory=dict[int, float])  # by node: it is deaf
     loss_out: dict[int, float] = field(default_factory=dict[int, float])  # by node: it is mute
     lag_s: dict[int, float] = field(default_factory=dict[int, float])  # by node, either way
-    walled: set[int] = field(default_factory=set[int])  # behind a firewall: streams pass, no datagram
+    walled: set[int] = field(
+        default_factory=set[int]
+    )  # behind a firewall: streams pass, no datagram
     cuts: set[tuple[int, int]] = field(
         default_factory=set[tuple[int, int]]
     )  # (from, to); asked only
