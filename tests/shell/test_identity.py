@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from meshd.trust.certificates import (
     CertificateError,
     Role,
     authorities_of,
     mesh_id_of,
+    parse_der,
     verify_authorities,
     verify_chain,
 )
@@ -287,3 +289,21 @@ def test_chains_that_do_not_lead_to_the_root_are_refused(tmp_path: Path) -> None
     for chain in ((), member.chain, second.authority[:1], stranger.authority):
         with pytest.raises(CertificateError):
             pytest.fail(f"passed for {verify_authorities(chain, root)!r}")
+
+
+def test_a_signature_that_hides_its_last_bits_is_refused(tmp_path: Path) -> None:
+    """DER lets a string of bits end within its last byte; what is left out there changes nothing for a reader."""
+    even = (
+        identity
+        for number in range(64)
+        if (identity := init_mesh(tmp_path / str(number), "home")).chain[0].signature[-1] % 2 == 0
+    )
+    found = next(even)
+    leaf, *authorities = found.chain
+    changed = bytearray(leaf.public_bytes(Encoding.DER))
+    at = len(changed) - len(leaf.signature) - 1
+    assert changed[at] == 0
+    changed[at] = 1
+    assert verify_chain(found.chain, found.root).node == found.node_id
+    with pytest.raises(CertificateError, match="signature"):
+        verify_chain((*parse_der([bytes(changed)]), *authorities), found.root)

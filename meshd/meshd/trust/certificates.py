@@ -283,6 +283,11 @@ def _check_signed(certificate: x509.Certificate, issuer: x509.Certificate) -> No
         if not _basic(issuer).ca or not usage.key_cert_sign:
             raise CertificateError("a certificate is signed by one that is no authority")
         certificate.verify_directly_issued_by(issuer)
+        # Its own bytes are not signed: a count of bits to leave out, where those are 0, would be another file
+        # that says the same.
+        whole = certificate.public_bytes(serialization.Encoding.DER)
+        if whole[-1 - len(certificate.signature)] != 0:
+            raise CertificateError("the signature of a certificate is not written as it was made")
     except x509.ExtensionNotFound:
         raise CertificateError("a certificate lacks the extensions that ours have") from None
     except InvalidSignature:
