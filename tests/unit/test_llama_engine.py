@@ -74,6 +74,21 @@ def test_too_many_jobs_are_refused() -> None:
         subject.submit(make_job(9))
 
 
+def test_where_too_many_wait_who_has_most_gives_way_to_who_has_least() -> None:
+    subject = make_engine(FakeModel(1), waiting=4)
+    given_way = [subject.submit(make_job(number, caller="greedy")) for number in range(5)]
+    assert given_way == [None] * 5
+    modest = [subject.submit(make_job(10 + number, caller="modest")) for number in range(2)]
+    assert [job.id if job else None for job in modest] == [4, 3], "the latest of the other's"
+    with pytest.raises(EngineFull):  # who has as many as anybody, or but one less, is refused
+        subject.submit(make_job(20, caller="modest"))
+    with pytest.raises(EngineFull):
+        subject.submit(make_job(21, caller="greedy"))
+    late = subject.submit(make_job(30, caller="late"))
+    assert late is not None
+    assert {output.job for output in drain(subject)} == {0, 1, 2, 10, 11, 30} - {late.id}
+
+
 def test_an_answer_ends_where_the_context_is_full() -> None:
     subject = make_engine(FakeModel(1), context=6)
     subject.submit(make_job(1, seed=first_seed((1, 2, 3), 3), max_tokens=100))

@@ -100,12 +100,17 @@ class Scheduling(RuleBasedStateMachine):
         job = make_job(len(self.taken), prompt, seed, caller=caller, tag=tag, max_tokens=tokens)
         waiting = self.engine.waiting
         try:
-            self.engine.submit(job)
+            gave_way = self.engine.submit(job)
         except EngineFull:
             assert self.engine.waiting == waiting
             assert waiting >= 6
         else:
             self.taken[job.id] = job
+            if gave_way is not None:
+                assert waiting == self.engine.waiting >= 6
+                assert gave_way.scope.caller != caller
+                assert gave_way.id not in self.ended
+                self.cancelled.add(gave_way.id)
 
     @precondition(lambda self: self.taken)
     @rule(data=st.data())

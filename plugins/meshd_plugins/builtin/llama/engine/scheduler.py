@@ -120,6 +120,14 @@ class _Waiting:
         self.count -= 1
         return job
 
+    def give_way(self, caller: str) -> Job | None:
+        """Take out the latest job of whoever has most, for one of a caller who has at least two fewer."""
+        most = max(self.by_caller, key=lambda each: len(self.by_caller[each]), default=None)
+        if most is None or len(self.by_caller[most]) < len(self.by_caller.get(caller, ())) + 2:
+            return None
+        self.count -= 1
+        return self.by_caller[most].pop()  # two or more were there
+
     def remove(self, job_id: int) -> bool:
         for caller, jobs in self.by_caller.items():
             for job in jobs:
@@ -170,14 +178,21 @@ class Engine(Generic[SamplerT, StateT]):
         """What the sequences kept outside of the context take."""
         return self._store.bytes
 
-    def submit(self, job: Job) -> None:
-        """Take a job. Raises EngineFull."""
+    def submit(self, job: Job) -> Job | None:
+        """Take a job; returns the one that gave way to it, which is forgotten here.
+
+        Raises EngineFull: too many wait, and no caller has two more than this one would have had. State: as before.
+        """
         assert 0 < len(job.prompt) < self._config.context_tokens, (
             "the caller checks the prompt's length"
         )
+        gave_way = None
         if self._waiting.count >= self._config.waiting_max + self.slots.free:
-            raise EngineFull
+            gave_way = self._waiting.give_way(job.scope.caller)
+            if gave_way is None:
+                raise EngineFull
         self._waiting.add(job)
+        return gave_way
 
     def cancel(self, job_id: int) -> None:
         """Forget a job; its slot is free at once. Unknown and finished ones are ignored."""

@@ -153,10 +153,13 @@ class Generation:
         prompt = self._tokens(reading.prepared, media)
         job = Job(call_id, tuple(prompt), reading.sampling, reading.scope, reading.tag)
         try:
-            self._engine.submit(job)
+            gave_way = self._engine.submit(job)
         except EngineFull:
             self._refuse(call_id)
         else:
+            if gave_way is not None:
+                del self._answers[gave_way.id]
+                self._refuse(gave_way.id)
             prepared = reading.prepared
             self._answers[call_id] = _Answer(
                 reading.sampling.seed, reading.received_s, prepared.reader, prepared.unenforced
