@@ -43,7 +43,7 @@ def test_everything_of_the_packages_is_in_it(wheel: zipfile.ZipFile) -> None:
 
 def test_the_command_and_the_built_in_plugins(wheel: zipfile.ZipFile) -> None:
     entry_points = wheel.read(f"{metadata_folder(wheel)}/entry_points.txt").decode()
-    assert "meshd = meshd.cli:main" in entry_points
+    assert "meshd = meshd.__main__:main" in entry_points
     for module in [
         line.partition(" = ")[2]
         for line in entry_points.partition("[meshd]")[2].split("\n")

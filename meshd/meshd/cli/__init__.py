@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -49,13 +51,39 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            with _interruptible():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
+            ctx.exit(Exit.INTERRUPTED)
+        except click.Abort as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):
+                raise  # a person said no
+            click.echo(err=True)  # the question stands in an unfinished line
+            ctx.exit(Exit.INTERRUPTED)
+        except BaseExceptionGroup as group:  # what was running side by side
+            if group.subgroup(KeyboardInterrupt) is None:
+                raise
             ctx.exit(Exit.INTERRUPTED)
         except OSError as error:
             if error.errno not in _CANNOT_WRITE:
                 raise
             raise CommandError(f"cannot write: {error.strerror}", Exit.FAILED) from error
+
+
+@contextmanager
+def _interruptible() -> Generator[None, None, None]:
+    """While a command runs, Ctrl-C is a KeyboardInterrupt, so that it can clean up.
+
+    Before and after, it is what `meshd.__main__` made of it. Who started us otherwise is left alone.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
+        yield
+        return
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -34,7 +34,7 @@ came of it as the last line, `meshd model add`, `bench` and `verify`; one change
 | 6 | the deadline passed |
 | 7 | the answer broke off after it had begun: what was printed is not complete |
 | 78 | of `meshd run`: it cannot start as it is set up (no mesh, a port in use, a plugin unknown) |
-| 130 | Ctrl-C; an ask is cancelled on every node (`meshd peers --watch` ends so by design, with 0) |
+| 130 | Ctrl-C (before a command begins, SIGINT itself, which a shell shows so too); an ask is cancelled on every node (`meshd peers --watch` ends so by design, with 0) |
 
 Two commands answer with their status as well: `meshd store diff` has 1 when the stores differ, and `meshd
 doctor` has 0 when all is well or there are only notes, 1 when the worst is a warning, 2 when it is an error, as
