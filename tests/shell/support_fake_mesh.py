@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -25,6 +26,7 @@ from meshd.orchestrate.events import (
     Answered,
     Ask,
     AskEvent,
+    AttemptFailed,
     Piece,
     Planned,
     PlannedSubtask,
@@ -57,6 +59,7 @@ class FakeMesh:
     thinker    thoughts, text and two tool calls
     general    three pieces, then done            busy, gone, late, refused...   raises before the start
     torn       two pieces, then Failed            silent                         never says anything
+    second     refused by pi, answered by nas
     unended    one piece, then just ends          endless                        a piece after the other
     bug        a ZeroDivisionError, before; latebug: after a piece
     """
@@ -92,6 +95,14 @@ class FakeMesh:
         if label in RAISES:
             raise RAISES[label](ask)
         yield routed(ask)
+        if label == "second":
+            yield FULL
+            yield replace(routed(ask), node_name="nas", attempt=2)
+            yield Piece(ANSWER, "Hello")
+            done = replace(part(ask), node_name="nas", failed=(FULL,))
+            yield done
+            yield Answered("stop", Usage(5, 3), (done,), 0.5)
+            return
         match label:
             case "silent":
                 await trio.sleep_forever()
@@ -313,6 +324,11 @@ RAISES: Mapping[str, Callable[[Ask], Exception]] = {
     "secret": lambda ask: Refused("not for the cloud", code="privacy"),
     "bug": lambda ask: ZeroDivisionError("a secret prompt"),
 }
+
+
+FULL = AttemptFailed(
+    ANSWER, NODE, "pi", "cap#1", 1, refused=True, code="busy", reason="all\x1b[31m slots are taken"
+)
 
 
 def planned(ask: Ask) -> Planned:

@@ -102,6 +102,26 @@ def test_ask_as_json(daemon: Path) -> None:
     assert broken.returncode == Exit.BROKEN
 
 
+def test_why_another_one_was_asked(daemon: Path) -> None:
+    done = meshd(daemon, "ask", "-v", "knowledge.gpt/second", "Hi")
+    lines = done.stderr.decode().splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["plan:", "→", "✗", "→", "✓"]
+    assert lines[2].startswith("✗ pi: refused (busy): all")
+    assert lines[2].endswith("slots are taken")
+    assert "\x1b" not in lines[2]
+    assert "attempt 2" in lines[3]
+    assert meshd(daemon, "ask", "-q", "knowledge.gpt/second", "Hi").stderr == b""
+    told = meshd(daemon, "ask", "--json", "knowledge.gpt/second", "Hi").stdout.splitlines()
+    failed = json.loads(told[2])
+    assert (failed["event"], failed["code"], failed["node_name"]) == (
+        "attempt_failed",
+        "busy",
+        "pi",
+    )
+    [part] = json.loads(told[-1])["parts"]
+    assert part["failed"][0]["reason"] == failed["reason"]
+
+
 @pytest.mark.parametrize(
     ("label", "status", "says"),
     [

@@ -18,7 +18,13 @@ from tests.shell.support_orchestrate import (
 )
 
 from meshd.orchestrate.callers import Caller
-from meshd.orchestrate.events import PlannedSubtask, Routed, SubtaskDone
+from meshd.orchestrate.events import (
+    REASON_CHARS_MAX,
+    AttemptFailed,
+    PlannedSubtask,
+    Routed,
+    SubtaskDone,
+)
 from meshd.orchestrate.host import Emit
 from meshd.orchestrate.router import RouterConfig, demand_of
 from meshd_naming import NotServed
@@ -44,14 +50,20 @@ class Asked:
     def __init__(self, world: World) -> None:
         self.world = world
         self.routes: list[Routed] = []
+        self.failed: list[AttemptFailed] = []
         self.texts: list[str] = []
 
     @property
     def nodes(self) -> list[str]:
         return [route.node_name for route in self.routes]
 
-    async def routed(self, route: Routed) -> None:
-        self.routes.append(route)
+    async def routed(self, event: Routed | AttemptFailed) -> None:
+        match event:
+            case Routed():
+                self.routes.append(event)
+            case AttemptFailed():
+                assert event.attempt == len(self.routes), "after its own attempt, before the next"
+                self.failed.append(event)
 
     async def emit(self, chunk: Chunk) -> None:
         self.texts.append(chunk.text)
@@ -115,6 +127,48 @@ def test_what_fails_before_the_first_piece_is_tried_elsewhere(first: CapabilityE
         assert [route.attempt for route in asked.routes] == [1, 2]
         assert (done.node_name, asked.texts) == ("pi", ["a"])
         assert world.router.statistics.retries == 1
+
+    run(body)
+
+
+@pytest.mark.parametrize("first", [BUSY, DIED], ids=["refusal", "failure"])
+def test_why_an_attempt_came_to_nothing_is_told(first: CapabilityError) -> None:
+    async def body() -> None:
+        world = World()
+        world.local(GENERAL, raising(first))
+        world.peer("pi", GENERAL, saying("a"))
+        asked = Asked(world)
+        done = await asked.run()
+        [failed] = asked.failed
+        assert (failed.node_name, failed.attempt, failed.code) == ("hub", 1, first.code)
+        assert failed.reason == first.message
+        assert failed.refused is isinstance(first, Refused)
+        assert done.failed == (failed,)
+
+    run(body)
+
+
+def test_a_reason_that_is_long_is_cut() -> None:
+    async def body() -> None:
+        world = World()
+        world.local(GENERAL, raising(Failed("x" * 5000, code="c" * 5000)))
+        world.peer("pi", GENERAL, saying("a"))
+        asked = Asked(world)
+        await asked.run()
+        [failed] = asked.failed
+        assert failed.reason == "x" * (REASON_CHARS_MAX - 1) + "…"
+        assert len(failed.code) <= REASON_CHARS_MAX
+
+    run(body)
+
+
+def test_the_last_attempt_is_told_by_the_error_alone() -> None:
+    async def body() -> None:
+        world = World()
+        world.local(GENERAL, raising(BUSY))
+        asked = Asked(world)
+        assert (await asked.error()).code == "busy"
+        assert asked.failed == []
 
     run(body)
 

@@ -17,7 +17,7 @@ from tests.shell.support_orchestrate import (
 )
 
 from meshd.orchestrate.callers import Caller
-from meshd.orchestrate.events import PlannedSubtask, Routed
+from meshd.orchestrate.events import AttemptFailed, PlannedSubtask, Routed
 from meshd.orchestrate.router import COMPUTING_STRETCH, RouterConfig
 from meshd_naming import NotServed
 from meshd_plugins.api import CapabilityError, Chunk, Operation, Rates, Request
@@ -29,7 +29,7 @@ RATES = Rates(prefill_tokens_per_s=100.0)
 async def embed(world: World, tokens: int) -> None:
     """Ask for the vector of a text of about that many tokens."""
 
-    async def routed(_route: Routed) -> None:
+    async def routed(_event: Routed | AttemptFailed) -> None:
         await trio.lowlevel.checkpoint()
 
     async def emit(_chunk: Chunk) -> None:

@@ -172,6 +172,12 @@ class _Show:
                 self._tell(
                     f"→ {self._of(event)}{_text(event, 'node_name')} ({again}{_text(event, 'reason')})"
                 )
+            case "attempt_failed":
+                how = "refused" if event.get("refused") is True else "failed"
+                self._tell(
+                    f"✗ {self._of(event)}{_text(event, 'node_name')}: {how} ({_text(event, 'code')}): "
+                    f"{_text(event, 'reason')}"
+                )
             case "piece" if event.get("subtask") == _ANSWER:
                 self._piece(event)
             case "subtask_done":

@@ -19,6 +19,7 @@ from meshd.orchestrate.events import (
     Answered,
     Ask,
     AskEvent,
+    AttemptFailed,
     Piece,
     Planned,
     Routed,
@@ -174,7 +175,7 @@ class Progress:
             case Answered():
                 self.answered = event
                 return self._decoder.decode(b"", final=True) if self._decoder else ""
-            case Planned() | Piece() | SubtaskDone():
+            case Planned() | AttemptFailed() | Piece() | SubtaskDone():
                 pass
             case _:
                 assert_never(event)
@@ -227,8 +228,8 @@ def usage_of(usage: Usage) -> dict[str, Value]:
 
 
 def part_of(done: SubtaskDone) -> Mapping[str, Value]:
-    """One entry of the provenance: who did this part and how long it took."""
-    return {
+    """One entry of the provenance: who did this part and how long it took, and who did not."""
+    part: dict[str, Value] = {
         "subtask": done.subtask,
         "node": done.node_name,
         "name": done.name,
@@ -237,6 +238,22 @@ def part_of(done: SubtaskDone) -> Mapping[str, Value]:
         "usage": usage_of(done.usage),
         "finish_reason": done.finish_reason,
         "detail": done.detail,
+    }
+    if done.failed:
+        part["failed"] = [failed_attempt(each) for each in done.failed]
+    return part
+
+
+def failed_attempt(event: AttemptFailed) -> dict[str, Value]:
+    """Who did not do it, and why, in its own words."""
+    return {
+        "node": event.node,
+        "node_name": event.node_name,
+        "capability_id": event.capability_id,
+        "attempt": event.attempt,
+        "refused": event.refused,
+        "code": event.code,
+        "reason": event.reason,
     }
 
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 import base64
 from typing import assert_never
 
-from meshd.edge.asking import part_of, usage_of
+from meshd.edge.asking import failed_attempt, part_of, usage_of
 from meshd.edge.errors import Problem
-from meshd.orchestrate.events import Answered, AskEvent, Piece, Planned, Routed, SubtaskDone
+from meshd.orchestrate.events import (
+    Answered,
+    AskEvent,
+    AttemptFailed,
+    Piece,
+    Planned,
+    Routed,
+    SubtaskDone,
+)
 from meshd_plugins.api import TokenLogprob, Value
 
 
@@ -40,6 +48,12 @@ def event_to_plain(event: AskEvent) -> dict[str, Value]:
                 "capability_id": event.capability_id,
                 "reason": event.reason,
                 "attempt": event.attempt,
+            }
+        case AttemptFailed():
+            return {
+                "event": "attempt_failed",
+                "subtask": event.subtask,
+                **failed_attempt(event),
             }
         case Piece():
             return _piece(event)

@@ -1,7 +1,7 @@
 """What a person or a program that asks sees happen: the events of one ask, in order.
 
-For every ask: one `Planned`, then for each subtask one `Routed` per attempt, any number of `Piece`s and
-one `SubtaskDone`; last, one `Answered`. Pieces of the final answer carry `subtask == ANSWER`; for a plan
+For every ask: one `Planned`, then for each subtask one `Routed` per attempt, with an `AttemptFailed` before each
+further one, any number of `Piece`s and one `SubtaskDone`; last, one `Answered`. Pieces of the final answer carry `subtask == ANSWER`; for a plan
 of one subtask that subtask's pieces are the answer and carry `ANSWER` too. An ask that fails raises; it
 never ends without `Answered`.
 """
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from meshd_plugins.api import Operation, Privacy, TokenLogprob, ToolCallDelta, Usage, Value
 
 ANSWER = "answer"
+REASON_CHARS_MAX: Final = 300  # of what a peer says of its failure; it came from outside
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,20 @@ class Routed:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptFailed:
+    """Who was asked did not do it, and another one is asked; what the last one says is the ask's error."""
+
+    subtask: str
+    node: str  # node id, text
+    node_name: str
+    capability_id: str
+    attempt: int  # of its `Routed`
+    refused: bool  # it did not begin; otherwise it broke
+    code: str
+    reason: str  # in its words, both up to REASON_CHARS_MAX
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A part of the answer, or of a subtask's output."""
 
@@ -95,6 +110,7 @@ class SubtaskDone:
     usage: Usage
     finish_reason: str
     detail: Mapping[str, Value] = field(default_factory=dict[str, Value])
+    failed: tuple[AttemptFailed, ...] = ()  # before it; one less than were asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,4 +123,4 @@ class Answered:
     total_s: float
 
 
-AskEvent: TypeAlias = Planned | Routed | Piece | SubtaskDone | Answered
+AskEvent: TypeAlias = Planned | Routed | AttemptFailed | Piece | SubtaskDone | Answered

@@ -23,7 +23,13 @@ from meshd.orchestrate.access import Decision
 from meshd.orchestrate.access_guard import Guard, Source
 from meshd.orchestrate.callers import Caller
 from meshd.orchestrate.catalogue import Catalogue
-from meshd.orchestrate.events import PlannedSubtask, Routed, SubtaskDone
+from meshd.orchestrate.events import (
+    REASON_CHARS_MAX,
+    AttemptFailed,
+    PlannedSubtask,
+    Routed,
+    SubtaskDone,
+)
 from meshd.orchestrate.host import CapabilityHost, Emit
 from meshd.orchestrate.modalities import needed_by, nobody_takes
 from meshd.orchestrate.warmth import Beginning, Warmth
@@ -124,7 +130,7 @@ class Router:
         request: Request,
         caller: Caller,
         *,
-        routed: Callable[[Routed], Awaitable[None]],
+        routed: Callable[[Routed | AttemptFailed], Awaitable[None]],
         emit: Emit,
     ) -> SubtaskDone:
         """Run one subtask to its end.
@@ -133,7 +139,7 @@ class Router:
             subtask: its name and operation decide who may serve it.
             request: `deadline_s` is what is left of the whole ask.
             caller: who asks.
-            routed: told of each attempt before it starts.
+            routed: told of each attempt before it starts, and before the next one why it came to nothing.
             emit: gets the pieces.
 
         Raises:
@@ -146,8 +152,11 @@ class Router:
         beginning = self._warmth.begin(request, caller)
         choices = self._candidates(subtask, request, caller, beginning)
         failures: list[tuple[str, Refused | Failed]] = []
+        failed: list[AttemptFailed] = []
         for attempt, choice in enumerate(choices, 1):
-            self.statistics.retries += attempt > 1
+            if attempt > 1:
+                self.statistics.retries += 1
+                await routed(failed[-1])
             await routed(_routed(subtask, choice, attempt))
             trial = _Trial(self, choice.candidate, caller, deadline, emit, beginning)
             try:
@@ -157,8 +166,10 @@ class Router:
                 late = deadline.passed() or failure.code == DEADLINE_CODE
                 if late or trial.first_at_s is not None:
                     break
+                failed.append(_attempt_failed(subtask, choice, attempt, failure))
                 continue
-            return _subtask_done(subtask, choice.candidate, done, began_s, trial.first_at_s)
+            ended = _subtask_done(subtask, choice.candidate, done, began_s, trial.first_at_s)
+            return replace(ended, failed=tuple(failed))
         raise _told(failures)
 
     def _candidates(
@@ -372,6 +383,26 @@ def _routed(subtask: PlannedSubtask, choice: Choice, attempt: int) -> Routed:
         reason=choice.reason,
         attempt=attempt,
     )
+
+
+def _attempt_failed(
+    subtask: PlannedSubtask, choice: Choice, attempt: int, failure: Refused | Failed
+) -> AttemptFailed:
+    offer = choice.candidate.offer
+    return AttemptFailed(
+        subtask=subtask.id,
+        node=node_id_text(offer.owner),
+        node_name=offer.node_name,
+        capability_id=offer.capability_id,
+        attempt=attempt,
+        refused=isinstance(failure, Refused),
+        code=_cut(failure.code),
+        reason=_cut(failure.message),
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= REASON_CHARS_MAX else text[: REASON_CHARS_MAX - 1] + "…"
 
 
 def _subtask_done(
