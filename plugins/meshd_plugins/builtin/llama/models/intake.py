@@ -19,7 +19,7 @@ from meshd_plugins.api import BadRequest, CapabilityError, Failed, Value
 from meshd_plugins.builtin.llama.config import locate_model
 from meshd_plugins.builtin.llama.models.arriving import Arrivals, Arrived, open_plain
 from meshd_plugins.builtin.llama.models.bringing import Bringer, Inspected
-from meshd_plugins.builtin.llama.models.digest import Mark, remember
+from meshd_plugins.builtin.llama.models.digest import Mark, ModelFile, remember
 from meshd_plugins.builtin.llama.models.entries import Entry, free_id, name_for, slug
 from meshd_plugins.builtin.llama.models.facts import family_of
 from meshd_plugins.builtin.llama.models.folder import ModelFolder
@@ -77,6 +77,30 @@ class Intake:
             arrived.file.close()
         self._keep(entry)
         return entry
+
+    async def give(self, entry: Entry, wanted: Wanted, job: Job) -> Entry:
+        """Bring a projector for a model that is here; how it then is. It is changed by nobody yet.
+
+        Raises:
+            CapabilityError: it did not come, or does not go with the model; then it is not kept.
+        """
+        projector, is_new = await self._projector(wanted, job)
+        assert projector is not None, "who asks for it names it"
+        job.begin("reading")
+        try:
+            file = open_plain(locate_model(entry.path))
+            try:
+                file.digest = entry.sha256  # compared when it is loaded, as ever
+                inspected = await self._inspected(file, entry.id, projector)
+            finally:
+                file.close()
+        except Failed as error:
+            if is_new and error.code == MISMATCH:
+                await self._discard(projector)  # noqa: ASYNC120  a cancelled one says so instead
+            raise
+        beside = {"projector": projector.path, "projector_sha256": projector.sha256}
+        facts = replace(entry.facts or inspected.facts, modalities=inspected.facts.modalities)
+        return replace(entry, facts=facts, options={**wanted.options, **beside})
 
     def _keep(self, entry: Entry) -> None:
         self._entries[entry.id] = entry
@@ -155,7 +179,7 @@ class Intake:
         file = arrived.file
         job.begin("reading")
         try:
-            inspected = await self._inspected(arrived, projector)
+            inspected = await self._inspected(file, arrived.name, projector)
             _check_kind(inspected, arrived, expected)
         except Failed as error:
             if projector is None or error.code != MISMATCH:  # it would be wrong again
@@ -199,12 +223,12 @@ class Intake:
         # A few renames, which belong together: a thread is not cancelled under way.
         return await trio.to_thread.run_sync(self._settle, entry, arrived)
 
-    async def _inspected(self, arrived: Arrived, projector: Entry | None) -> Inspected:
+    async def _inspected(self, file: ModelFile, name: str, projector: Entry | None) -> Inspected:
         if projector is None:
-            return await self._bringer.inspect(arrived.file, arrived.name)
+            return await self._bringer.inspect(file, name)
         beside = open_plain(locate_model(projector.path))
         try:
-            return await self._bringer.inspect(arrived.file, arrived.name, beside)
+            return await self._bringer.inspect(file, name, beside)
         finally:
             beside.close()
 

@@ -53,6 +53,7 @@ from meshd_plugins.builtin.llama.models.listing import configured_row, entry_row
 from meshd_plugins.builtin.llama.models.orders import (
     Wanted,
     projector_named,
+    read_given,
     read_id,
     read_wanted,
     with_adapters,
@@ -205,7 +206,7 @@ class Library:
         }
 
     def add(self, arguments: Item) -> AsyncGenerator[Item, None]:
-        """Take a model in: progress items, the last one `{"done": {...}}`.
+        """Take a model in, or give one that is here a projector: progress items, the last one `{"done": {...}}`.
 
         Raises:
             CapabilityError: it was not taken in; what has arrived of it is kept, unless it is wrong.
@@ -214,6 +215,8 @@ class Library:
             require_library()
         except PluginConfigError as error:
             raise Failed(str(error), code="not_installed") from error
+        if (given := read_given(arguments, self._entries, self._config)) is not None:
+            return self._give(*given)
         wanted = read_wanted(arguments, self._config)
         with_adapters(wanted, self._entries)
         if isinstance(wanted.projector, str):
@@ -307,6 +310,40 @@ class Library:
         standing = await self._served(entry, job) if wanted.wait else NO_STANDING
         return entry_row(entry, standing)
 
+    def _give(self, entry: Entry, wanted: Wanted) -> AsyncGenerator[Item, None]:
+        if isinstance(wanted.projector, str):
+            projector_named(wanted.projector, self._entries)
+        if any(other.id == entry.id for other in self._jobs.open):
+            raise BadRequest(
+                f"something is being done to {entry.id}: let it end first", code="being_added"
+            )
+        work = partial(self._given, entry, wanted)
+        return self._jobs.follow(Job("give a projector to", entry.id), work)
+
+    async def _given(self, entry: Entry, wanted: Wanted, job: Job) -> Item:
+        """Bring the projector; then the model is served anew, with it."""
+        changed = await self._intake.give(entry, wanted, job)
+        if self._entries.get(entry.id) is not entry:  # removed meanwhile
+            raise self.unknown(entry.id)
+        await trio.to_thread.run_sync(self._folder.save, changed)
+        job.begin("withdrawing")
+        del self._entries[entry.id]
+        self._changed.set()
+        try:
+            if self._residents is not None and entry.id not in self._configured:
+                with trio.move_on_after(WITHDRAW_S):
+                    await self._residents.withdraw(entry.id)
+        finally:
+            self._keep(changed)
+        for each in self._projectors_left_by(entry):
+            await self._forget(each)
+        self._tell_changed()
+        self._context.log.info(
+            "library.projector_given", model=entry.id, source=str(wanted.projector)
+        )
+        standing = await self._served(changed, job) if wanted.wait else NO_STANDING
+        return entry_row(changed, standing)
+
     async def _served(self, entry: Entry, job: Job) -> Mapping[str, Value]:
         """Wait until it is known whether the model can be served; return how it stands."""
         if self._residents is None or not entry.served:
@@ -377,14 +414,17 @@ class Library:
             raise
         gone = [entry, *self._projectors_left_by(entry)]
         for each in gone:
-            self._entries.pop(each.id, None)
-            await trio.to_thread.run_sync(self._folder.forget, each)
-            self._context.log.info("library.model_removed", model=each.id, deleted=each.kept)
+            await self._forget(each)
         self._tell_changed()
         freed = sum(each.size_bytes for each in gone if each.kept)
         left = "" if entry.kept else entry.path
         beside: list[Value] = [each.id for each in gone[1:]]
         return {"id": entry.id, "freed_bytes": freed, "left": left, "with": beside}
+
+    async def _forget(self, entry: Entry) -> None:
+        self._entries.pop(entry.id, None)
+        await trio.to_thread.run_sync(self._folder.forget, entry)
+        self._context.log.info("library.model_removed", model=entry.id, deleted=entry.kept)
 
     def _projectors_left_by(self, entry: Entry) -> list[Entry]:
         """Projectors of a model that is no longer there which no other model uses: they go with it."""

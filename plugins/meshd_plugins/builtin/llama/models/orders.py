@@ -114,6 +114,50 @@ def read_wanted(arguments: Mapping[str, Value], config: LibraryConfig) -> Wanted
     )
 
 
+def read_given(
+    arguments: Mapping[str, Value], entries: Mapping[str, Entry], config: LibraryConfig
+) -> tuple[Entry, Wanted] | None:
+    """A model that is here, if `add` names one to give it a projector, and that projector.
+
+    Its `source` is then the model's id, or, where nothing says that it is to be there twice, where it came from.
+
+    Raises:
+        BadRequest: it cannot have one, or more than that is asked for.
+    """
+    text = arguments.get("source")
+    further = [key for key in ("id", "names", "sha256", "lora") if arguments.get(key)]
+    options = arguments.get("options") or {}
+    if not isinstance(options, Mapping):
+        raise BadRequest("`options` must be a mapping of settings")
+    further += [key for key in options if key != "projector_sha256"]
+    entry = _named(text, entries, by_source=not further)
+    if entry is None or not arguments.get("projector"):
+        return None
+    if further:
+        raise BadRequest(
+            f"{entry.id} is here already, and is given a projector only: leave out {', '.join(further)}, or remove it "
+            "and add it again with all of it"
+        )
+    kept = {key: value for key, value in entry.options.items() if not key.startswith("projector")}
+    merged: dict[str, Value] = {**kept, **options}
+    beside: dict[str, Value] = {"source": entry.path, "names": list(entry.names), "options": merged}
+    return entry, read_wanted({**arguments, **beside}, config)
+
+
+def _named(text: Value, entries: Mapping[str, Entry], *, by_source: bool) -> Entry | None:
+    """A model that is served, by its id or by where it came from."""
+    if not isinstance(text, str):
+        return None
+    for entry in entries.values():
+        if not entry.served:
+            continue
+        if text == entry.id or (
+            by_source and text in (entry.source, entry.source.partition("@")[0])
+        ):
+            return entry
+    return None
+
+
 def _projector(
     arguments: Mapping[str, Value], options: Mapping[str, Value], config: LibraryConfig
 ) -> Source | str | None:
