@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from xdist.workermanage import WorkerController
 # As in a worker: ggml's threads that wait by spinning take the processor from all tests beside them. Read when the
 # library is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A shell has what it starts in its background ignore Ctrl-C, and all that it starts in turn: tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = ("alone", "integration", "e2e", "fuzz")

@@ -60,10 +60,12 @@ class FrameError(Exception):
 
 def pack_frame(message: Message) -> bytes:
     """Encode one message. Raises FrameError when it is larger than `FRAME_BYTES_MAX`."""
-    payload: bytes = _msgpack.packb(message)
-    if len(payload) > FRAME_BYTES_MAX:
-        raise FrameError(f"message of {len(payload)} bytes; the bound is {FRAME_BYTES_MAX}")
-    return _HEADER.pack(len(payload)) + payload
+    packer = _msgpack.Packer(autoreset=False)
+    packer.pack(message)
+    with packer.getbuffer() as payload:  # a photo is copied once from here, and not twice
+        if len(payload) > FRAME_BYTES_MAX:
+            raise FrameError(f"message of {len(payload)} bytes; the bound is {FRAME_BYTES_MAX}")
+        return b"".join((_HEADER.pack(len(payload)), payload))
 
 
 class FrameDecoder:
@@ -91,15 +93,19 @@ class FrameDecoder:
                 end = start + _HEADER.size + length
                 if len(self._buffer) < end:
                     break
-                payload = bytes(self._buffer[start + _HEADER.size : end])
+                with (
+                    memoryview(self._buffer) as whole,
+                    whole[start + _HEADER.size : end] as payload,
+                ):
+                    message = _unpack(payload)
                 start = end
                 self.frame_bytes = length
-                yield _unpack(payload)
+                yield message
         finally:
             del self._buffer[:start]
 
 
-def _unpack(payload: bytes) -> dict[str, Value]:
+def _unpack(payload: memoryview) -> dict[str, Value]:
     try:
         decoded: Any = _msgpack.unpackb(payload)
     except Exception as error:  # noqa: BLE001  msgpack lets several unrelated types escape on noise

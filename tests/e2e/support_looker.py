@@ -14,6 +14,7 @@ import trio
 
 from meshd_plugins.api import Chunk, Descriptor, Done, ModelFacts, Operation
 from meshd_plugins.hookspecs import hookimpl
+from meshd_plugins.checking import read_medium
 from meshd_plugins.media import media_parts, medium_of
 
 FACTS = ModelFacts("ab" * 32, "Looker", "none", 1, "", 8192, 1, modalities=("text", "image"))
@@ -31,8 +32,9 @@ class Looker:
     async def invoke(self, request):
         for number, part in enumerate(media_parts(request.body["messages"])):
             medium = medium_of(part, str(number))
+            data = await read_medium(medium)
             await trio.lowlevel.checkpoint()
-            yield Chunk(text=hashlib.sha256(medium.data).hexdigest() + " ")
+            yield Chunk(text=hashlib.sha256(data).hexdigest() + " ")
         yield Done()
 
 

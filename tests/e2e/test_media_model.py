@@ -3,6 +3,7 @@
 The projectors have random weights: what the model says of a picture means nothing, and depends on it all the same.
 """
 
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,8 @@ class Woken:
 
         async def read() -> list[tuple[int, ...]]:
             self._token = trio.lowlevel.current_trio_token()
-            assert self.reader.begin(call, caller, media)
+            encoded = [b64encode(data).decode() for data in media]
+            assert self.reader.begin(call, caller, encoded)
             with trio.fail_after(60):
                 await self.receive.receive()
             [found] = self.reader.ready()

@@ -109,6 +109,26 @@ def test_a_server_is_never_told_to_fetch_something(
     trio.run(main)
 
 
+def test_what_is_no_base64_far_behind_is_not_sent(tmp_path: Path) -> None:
+    server = Ollama(OllamaModel("llava:7b", capabilities=("completion", "vision")))
+    whole = image_part(jpeg(1_000_000), "jpeg")["image_url"]
+    assert isinstance(whole, dict)
+    broken: Value = {"type": "image_url", "image_url": {"url": f'{str(whole["url"])[:-8]}"}},AAA'}}
+    smuggled: Value = {
+        "type": "image_url",
+        "image_url": {"url": f"{str(whole['url'])[:-8]}\u0130AAAAAAA"},
+    }
+
+    async def main() -> None:
+        async with adopting(server, tmp_path) as adopted:
+            for part in (broken, smuggled):
+                with pytest.raises(BadRequest, match=r"content\[1\].image_url.url: is not base64"):
+                    await ask(adopted.only(), chat(text_part("What?"), part))
+            assert "POST /v1/chat/completions" not in server.lines()
+
+    trio.run(main)
+
+
 @pytest.mark.parametrize("value", [["image"], {"*": "image"}, {"*": ["text"]}, {"*": [["image"]]}])
 def test_a_wrong_setting_is_named(value: Value) -> None:
     with pytest.raises(PluginConfigError, match=r"servers\[0\].modalities"):

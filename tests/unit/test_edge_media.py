@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import trio
 from tests.unit.support_media import audio_part, image_part, jpeg, png, text_part, wav
 
 from meshd.edge.errors import RequestError, problem_of
-from meshd.edge.openai_messages import messages_of
+from meshd.edge.openai_messages import check_to_the_end, messages_of
 
 URL: Any = "https://example.org/cat.png"
 
@@ -97,6 +98,22 @@ def test_what_is_refused_is_named_with_a_way_out(
     assert (problem.status, problem.param, problem.code) == (400, param, code)
     assert f"`{param}`" in problem.message
     assert len(problem.message) < 300
+
+
+def test_base64_is_checked_to_its_end() -> None:
+    photo: Any = image_part(jpeg(1_000_000), "jpeg")
+    broken = {
+        "type": "image_url",
+        "image_url": {"url": photo["image_url"]["url"][:-8] + "-AAAAAA="},
+    }
+    messages = messages_of(user(text_part("Look:"), photo, broken))
+    trio.run(check_to_the_end, {"messages": user(photo)})
+    with pytest.raises(RequestError, match="is not base64 as RFC 4648 has it") as caught:
+        trio.run(check_to_the_end, {"messages": messages})
+    problem = problem_of(caught.value)
+    param = "messages[0].content[2].image_url.url"
+    assert (problem.status, problem.param, problem.code) == (400, param, "invalid_value")
+    assert f"`{param}`" in problem.message
 
 
 @pytest.mark.parametrize("role", ["system", "assistant", "tool", "developer"])

@@ -1,5 +1,6 @@
 """What a chat with images and sound becomes on its way to the worker of a model."""
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -43,7 +44,8 @@ def test_media_leave_the_messages_and_are_counted_through() -> None:
         {"role": "assistant", "content": "Red."},
         {"role": "user", "content": [{"media": 1}, {"media": 2}]},
     ]
-    assert message["media"] == [red, blue, wav()]
+    sent = [f"data:image/png;base64,{b64encode(data).decode()}" for data in (red, blue)]
+    assert message["media"] == [*sent, b64encode(wav()).decode()]
 
 
 def test_without_media_all_stays_as_it_was() -> None:
@@ -85,11 +87,11 @@ def test_what_no_model_takes_is_said(message: Mapping[str, Value], words: str) -
 
 
 def test_what_would_not_fit_a_frame_is_refused_before_it_is_sent() -> None:
-    half = jpeg(MESSAGE_BYTES_MAX // 2 - 4096)
+    half = jpeg(MESSAGE_BYTES_MAX // 8 * 3 - 4096)  # and in base64 a third more
     message = ask(of_user(image_part(half), image_part(half)))
     assert len(pack_frame({"type": "call", "id": 1, "message": message})) <= FRAME_BYTES_MAX
     with pytest.raises(BadRequest, match="on its way to the model") as caught:
-        ask(of_user(image_part(half), image_part(half), text_part("x" * 9000)))
+        ask(of_user(image_part(half), image_part(half), text_part("x" * 12_000)))
     assert caught.value.code == "too_large"
 
 

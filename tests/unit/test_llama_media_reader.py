@@ -5,6 +5,7 @@ import queue
 import subprocess
 import sys
 import threading
+from base64 import b64encode
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -27,7 +28,7 @@ from meshd_plugins.builtin.llama.worker.media import MediaReader
 import threading
 encoder = FakeEncoder()
 encoder.encode = None
-MediaReader(encoder, lambda: None, 100).begin(1, "ada", [b"1"])
+MediaReader(encoder, lambda: None, 100).begin(1, "ada", ["MQ=="])
 threading.Event().wait(WAIT_S)
 """
 ROW_BYTES = 4
@@ -70,8 +71,11 @@ class Subject:
         self.reader = MediaReader(self.encoder, lambda: self._woken.put(None), at_once_max=100)
 
     def read(self, call: int, *media: bytes, caller: str = "ada") -> tuple[tuple[int, ...], ...]:
-        assert self.reader.begin(call, caller, media)
+        assert self.begin(call, *media, caller=caller)
         return self.next(call)
+
+    def begin(self, call: int, *media: bytes, caller: str = "ada") -> bool:
+        return self.reader.begin(call, caller, [b64encode(data).decode() for data in media])
 
     def next(self, call: int, wrong: str = "") -> tuple[tuple[int, ...], ...]:
         self.woken()
@@ -110,25 +114,32 @@ def test_what_is_encoded_is_kept_for_its_caller_only(subject: Subject) -> None:
 
 
 def test_one_that_cannot_be_read_says_why_and_the_next_one_is_read(subject: Subject) -> None:
-    assert subject.reader.begin(1, "ada", [b"\x01", b""])
+    assert subject.begin(1, b"\x01", b"")
     subject.next(1, wrong="there is nothing in it")
     subject.encoder.at_once = True
-    assert subject.reader.begin(2, "ada", [bytes([101])])
+    assert subject.begin(2, bytes([101]))
     subject.next(
         2, wrong="the picture takes 101 tokens at once, and a step of this model holds 100"
     )
     assert subject.read(3, bytes([100]))
 
 
+def test_a_picture_comes_as_its_url(subject: Subject) -> None:
+    assert subject.reader.begin(1, "ada", ["data:image/png;base64,BQ=="])
+    assert subject.next(1) == subject.read(2, b"\x05")
+    assert subject.reader.begin(3, "ada", ["data:image/png;base64,BQ=!"])
+    subject.next(3, wrong="the picture or sound is not base64 as RFC 4648 has it")
+
+
 def test_beyond_a_number_they_are_refused_and_cancelled_ones_are_not_encoded(
     subject: Subject,
 ) -> None:
     subject.encoder.may_encode.clear()
-    assert subject.reader.begin(0, "ada", [b"\x01\x01"])
+    assert subject.begin(0, b"\x01\x01")
     assert subject.encoder.began.wait(WAIT_S)
     for call in range(1, WAITING_MAX + 1):
-        assert subject.reader.begin(call, "ada", [b"\x07"])
-    assert not subject.reader.begin(99, "ada", [b"\x07"])
+        assert subject.begin(call, b"\x07")
+    assert not subject.begin(99, b"\x07")
     for call in range(WAITING_MAX):
         subject.reader.cancel(call)
     subject.encoder.may_encode.set()

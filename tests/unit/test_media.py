@@ -1,20 +1,27 @@
 """Images and sound in messages: which there are, what they are, and what is none."""
 
+import binascii
 from base64 import b64decode, b64encode
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from typing import TypeVar
 
 import pytest
+import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.support_media import audio_part, image_part, jpeg, png, text_part, wav
 
 from meshd_plugins.api import BadRequest, Value
+from meshd_plugins.checking import check_media, read_medium
 from meshd_plugins.media import (
+    SLICE,
     UNSUPPORTED,
     BadMedium,
+    Medium,
     Modality,
-    check_medium,
+    decoded,
     format_of,
+    media_in,
     media_parts,
     medium_of,
     modalities_of,
@@ -22,6 +29,26 @@ from meshd_plugins.media import (
 
 PNG = "data:image/png;base64,"
 IMAGE, AUDIO = Modality.IMAGE, Modality.AUDIO
+T = TypeVar("T")
+
+
+def finished(steps: Generator[None, None, T]) -> T:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+
+
+def checked(part: Mapping[str, Value], slice_chars: int = SLICE) -> Medium:
+    medium = medium_of(part, "here")
+    finished(medium.check(slice_chars))
+    return medium
+
+
+def file_of(part: Mapping[str, Value], slice_chars: int = SLICE) -> bytes:
+    return finished(medium_of(part, "here").decode(slice_chars))
 
 
 @pytest.mark.parametrize(
@@ -75,30 +102,37 @@ plain: st.SearchStrategy[Value] = st.recursive(
 def test_nothing_that_is_sent_breaks_the_reading(value: Value) -> None:
     modalities_of(value)
     modalities_of([{"role": "user", "content": value}])
+    for messages in (value, [value], [{"role": "user", "content": value}]):
+        try:
+            assert list(media_in(messages)) == []
+        except BadRequest:
+            assert list(media_parts(messages))
     for part in media_parts([{"content": [value]}]):
-        for read in (check_medium, medium_of):
-            with pytest.raises(BadRequest):
-                read(part, "here")
+        with pytest.raises(BadRequest):
+            medium_of(part, "here")
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.binary(max_size=200))
 def test_what_was_sent_is_what_arrives(rest: bytes) -> None:
     data = png() + rest
-    check_medium(image_part(data), "here")
-    medium = medium_of(image_part(data), "here")
-    assert (medium.modality, medium.format, medium.data) == (IMAGE, "png", data)
-    assert "PNG" not in repr(medium)
+    medium = checked(image_part(data))
+    assert (medium.modality, medium.format, file_of(image_part(data))) == (IMAGE, "png", data)
+    assert b64encode(data).decode()[:20] not in repr(medium)
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     st.integers(0, 3),
     st.integers(0, 400),
-    st.sampled_from(["", "=", "-", "_", " ", "\n", "\u0130", "A"]),
+    st.sampled_from(["", "=", "==", "-", "_", " ", "\n", "\u0130", "A", "!!!!", "A===", "\ud800"]),
+    st.integers(1, 150),
+    st.integers(0, 2),
 )
-def test_only_whole_and_plain_base64_is_read(cut: int, at: int, put: str) -> None:
-    whole = b64encode(png() + bytes(300)).decode()
+def test_only_whole_and_plain_base64_is_read(
+    cut: int, at: int, put: str, fours: int, more: int
+) -> None:
+    whole = b64encode(png() + bytes(300 + more)).decode()
     text = whole[:at] + put + whole[at:]
     text = text[: len(text) - cut]
     try:
@@ -108,9 +142,75 @@ def test_only_whole_and_plain_base64_is_read(cut: int, at: int, put: str) -> Non
     part: dict[str, Value] = {"type": "image_url", "image_url": {"url": PNG + text}}
     if expected is None or format_of(expected) != "png":
         with pytest.raises(BadMedium):
-            medium_of(part, "here")
+            checked(part, fours)
+        with pytest.raises(BadMedium):
+            file_of(part, 4 * fours)
     else:
-        assert medium_of(part, "here").data == expected
+        checked(part, fours)
+        assert file_of(part, 4 * fours) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=300), st.integers(1, 120))
+def test_decoding_in_slices_is_decoding(data: bytes, fours: int) -> None:
+    text = b64encode(data).decode()
+    assert finished(decoded(text, 4 * fours)) == data
+    assert finished(decoded(f"data:,{text}", 4 * fours, begin=6)) == data
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("AQgz+/=! ", max_size=40), st.integers(1, 10))
+def test_what_binascii_refuses_is_refused_in_slices_too(text: str, fours: int) -> None:
+    try:
+        expected = binascii.a2b_base64(text, strict_mode=True) if len(text) % 4 == 0 else None
+    except ValueError:
+        expected = None
+    if expected is None:
+        with pytest.raises(ValueError, match=r"."):
+            finished(decoded(text, 4 * fours))
+    else:
+        assert finished(decoded(text, 4 * fours)) == expected
+
+
+def test_others_have_their_turn_while_a_photo_is_gone_through() -> None:
+    photo = image_part(jpeg(2_000_000), "jpeg")
+    slices = len(b64encode(jpeg(2_000_000))) // SLICE
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async def main() -> None:
+        nonlocal turns
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other)
+            await check_media([{"role": "user", "content": [text_part("?"), photo]}])
+            assert turns > slices // 2
+            turns = 0
+            assert await read_medium(medium_of(photo, "here")) == jpeg(2_000_000)
+            assert turns > slices // 2
+            nursery.cancel_scope.cancel()
+
+    assert slices > 8
+    trio.run(main)
+
+
+def test_what_is_no_base64_far_behind_is_said_with_where_it_is() -> None:
+    photo = image_part(jpeg(1_000_000), "jpeg")
+    url = str(photo["image_url"]["url"])  # type: ignore[index,call-overload]
+    broken = shown(url[:-400] + "-" + url[-399:])
+    messages: list[Value] = [
+        {"role": "system", "content": "Look."},
+        {"role": "user", "content": [text_part("?"), photo, broken]},
+    ]
+    assert medium_of(broken, "here").format == "jpeg"
+    with pytest.raises(BadMedium, match="is not base64 as RFC 4648 has it") as caught:
+        trio.run(check_media, messages)
+    assert caught.value.where == "messages[1].content[2].image_url.url"
+    assert (caught.value.code, len(caught.value.message) < 300) == ("bad_request", True)
 
 
 def test_its_first_bytes_count_and_not_what_it_is_called() -> None:

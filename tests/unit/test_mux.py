@@ -28,6 +28,7 @@ from meshd.core.frames import (
     Refuse,
 )
 from meshd.core.mux import (
+    ALONE_BYTES,
     CallExcess,
     CallState,
     ChunkReceived,
@@ -38,7 +39,7 @@ from meshd.core.mux import (
     Phase,
     Up,
 )
-from meshd_cms.types import Epoch, MeshId, NodeId
+from meshd_cms.types import Epoch, MeshId, NodeId, Value
 
 MESH = MeshId(b"m" * 16)
 ALICE, BOB = NodeId(b"a" * 16), NodeId(b"b" * 16)
@@ -194,6 +195,24 @@ def test_a_large_chunk_passes_a_small_window() -> None:
     a.consumed(call, event.size)
     carry(a, b)
     assert b.may_send(call)
+
+
+def test_a_long_frame_goes_out_alone_and_in_its_order() -> None:
+    a, b = pair(MuxConfig(frame_bytes_max=2**20))
+    bodies: list[Value] = ["x", "y" * ALONE_BYTES, "z" * ALONE_BYTES, "x", "x"]
+    for body in bodies:
+        a.open(HEADER, body)
+    waiting, pieces = a.outgoing_bytes, list[bytes]()
+    while a.outgoing_bytes:
+        pieces.append(a.take_outgoing())
+        assert a.outgoing_bytes == waiting - sum(map(len, pieces))
+    assert [len(piece) > ALONE_BYTES for piece in pieces] == [False, True, True, False]
+    assert a.take_outgoing() == b""
+    found: list[Value] = []
+    for piece in pieces:
+        b.receive(piece)
+        found += [event.body for event in events(b) if isinstance(event, Call)]
+    assert found == bodies
 
 
 def test_each_end_keeps_to_the_bounds_of_the_other() -> None:

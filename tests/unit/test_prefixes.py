@@ -172,3 +172,48 @@ def test_a_message_with_an_image_is_told_apart_by_the_image() -> None:
     assert of(photo) == of(bytes(photo))
     assert not set(of(photo)) & set(of(photo[:-1] + b"\1"))
     assert not set(of(photo)) & set(of(photo, "Who is it?"))
+
+
+def of_photo(url: str) -> bytes:
+    part: Value = {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+    body: dict[str, Value] = {"messages": [{"role": "user", "content": [text_part("?"), part]}]}
+    return TAGGER.conversation(ANNA, Operation.CHAT, body).tags(MODEL)[-1]
+
+
+def test_photos_are_told_apart_by_samples() -> None:
+    part = image_part(jpeg(2_000_000), "jpeg")["image_url"]
+    assert isinstance(part, dict)
+    url = str(part["url"])
+    assert of_photo(url) == of_photo(url)
+    others = {
+        url[:-1] + ("A" if url[-1] != "A" else "B"),  # its end
+        url + "AAAA",
+        url[:1_000_000] + "/" * 64 + url[1_000_064:],  # a run in its middle
+        url.replace("image/jpeg", "image/jpg", 1),
+        str(image_part(jpeg(2_000_000)[:-1] + b"!", "jpeg")["image_url"]),
+    }
+    assert len({of_photo(url), *(of_photo(other) for other in others)}) == 1 + len(others)
+
+
+def test_of_a_short_picture_every_character_counts() -> None:
+    url = "data:image/png;base64," + "A" * 1_000
+    changed = {of_photo(url[:at] + "B" + url[at + 1 :]) for at in range(22, 1_022, 7)}
+    assert len(changed | {of_photo(url)}) == len(range(22, 1_022, 7)) + 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.recursive(
+        st.text(max_size=3) | st.integers(0, 9) | st.none(),
+        lambda x: (
+            st.lists(x, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["type", "image_url", "url"]), x | st.just("image_url"), max_size=3
+            )
+        ),
+        max_leaves=8,
+    )
+)
+def test_parts_that_are_none_are_hashed_as_they_are(part: Value) -> None:
+    body: dict[str, Value] = {"messages": [{"role": "user", "content": [part]}, part]}
+    assert len(TAGGER.conversation(ANNA, Operation.CHAT, body).tags(MODEL)) == 2

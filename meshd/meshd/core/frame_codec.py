@@ -48,6 +48,7 @@ LENGTH_BYTES: Final = 4
 DEPTH_MAX: Final = 32
 """Containers in containers in a body, chunk, trailer or load."""
 
+_msgpack: Any = msgpack  # ships no types
 _ARRAY_ITEMS_MAX: Final = 1 << 16
 _TEXT_BYTES_MAX: Final = 1024
 _ID_BYTES: Final = 16
@@ -61,17 +62,19 @@ def encode(frame: Frame, frame_bytes_max: int = FRAME_BYTES_MAX) -> bytes:
         FrameTooLarge: longer than `frame_bytes_max`.
         UnsendableError: something in it is not a `Value`.
     """
+    packer = _msgpack.Packer(autoreset=False)
     try:
-        packed = _pack(_fields(frame))
+        packer.pack(_fields(frame))
     except UnsendableError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
         raise UnsendableError(f"not a value that can travel: {error}") from error
-    if len(packed) > frame_bytes_max:
-        raise FrameTooLarge(
-            f"a frame of {len(packed)} bytes; at most {frame_bytes_max} may be sent"
-        )
-    return len(packed).to_bytes(LENGTH_BYTES, "big") + packed
+    with packer.getbuffer() as packed:  # a photo is copied once from here, and not twice
+        if len(packed) > frame_bytes_max:
+            raise FrameTooLarge(
+                f"a frame of {len(packed)} bytes; at most {frame_bytes_max} may be sent"
+            )
+        return b"".join((len(packed).to_bytes(LENGTH_BYTES, "big"), packed))
 
 
 def _fields(frame: Frame) -> tuple[object, ...]:
@@ -174,7 +177,7 @@ def _clip(text: str) -> str:
     return text.encode("utf-8", "replace")[:_TEXT_BYTES_MAX].decode("utf-8", "ignore")
 
 
-def decode(packed: bytes) -> Frame:
+def decode(packed: bytes | memoryview) -> Frame:
     """The frame in `packed` (without its length).
 
     Raises:
@@ -199,18 +202,12 @@ def decode(packed: bytes) -> Frame:
     return decoder(items)
 
 
-def _pack(fields: tuple[object, ...]) -> bytes:
-    return cast("bytes", msgpack.packb(fields))  # pyright: ignore[reportUnknownMemberType]
-
-
-def _unpack(packed: bytes) -> object:
+def _unpack(packed: bytes | memoryview) -> object:
     # Room for the items that a header announces is made before they are read: never for more than there are bytes.
     items_max = min(_ARRAY_ITEMS_MAX, len(packed))
     return cast(
         "object",
-        msgpack.unpackb(  # pyright: ignore[reportUnknownMemberType]
-            packed, max_array_len=items_max, max_map_len=items_max, max_ext_len=0
-        ),
+        _msgpack.unpackb(packed, max_array_len=items_max, max_map_len=items_max, max_ext_len=0),
     )
 
 

@@ -45,6 +45,8 @@ from meshd.core.frames import (
 )
 from meshd_cms.types import Epoch, MeshId, NodeId, Value
 
+ALONE_BYTES: Final = 256 * 1024
+"""A longer frame is not joined with others to be sent."""
 ACKNOWLEDGED: Final = "acknowledged"
 """The reason of a GOAWAY that only answers the peer's."""
 
@@ -271,12 +273,12 @@ class Mux:
         if self.phase is Phase.FAILED:
             return None
         try:
-            while (packed := self._next_frame()) is not None:
-                frame = decode(packed)
+            while (size := self._next_size()) is not None:
+                frame = self._next_frame(size)
                 event = (
                     self._greet(frame)
                     if self.phase is Phase.GREETING
-                    else self._accept(frame, len(packed))
+                    else self._accept(frame, size)
                 )
                 if event is not None:
                     return event
@@ -287,7 +289,8 @@ class Mux:
             raise
         return None
 
-    def _next_frame(self) -> bytes | None:
+    def _next_size(self) -> int | None:
+        """Bytes of the next frame, if it is whole."""
         incoming = self._incoming
         if len(incoming) < LENGTH_BYTES:
             return None
@@ -297,12 +300,15 @@ class Mux:
             raise ProtocolError(
                 Fault.TOO_LARGE, f"a frame of {length} bytes; at most {most} are taken"
             )
-        end = LENGTH_BYTES + length
-        if len(incoming) < end:
-            return None
-        packed = bytes(incoming[LENGTH_BYTES:end])
-        del incoming[:end]
-        return packed
+        return length if len(incoming) >= LENGTH_BYTES + length else None
+
+    def _next_frame(self, size: int) -> Frame:
+        """Take it from what came. It is read where it is: a photo is not copied before."""
+        end = LENGTH_BYTES + size
+        with memoryview(self._incoming) as whole, whole[LENGTH_BYTES:end] as packed:
+            frame = decode(packed)
+        del self._incoming[:end]
+        return frame
 
     def _greet(self, frame: Frame) -> Event:
         if not isinstance(frame, Hello):
@@ -503,10 +509,17 @@ class Mux:
     # Bytes out
 
     def take_outgoing(self) -> bytes:
-        """All that is to be sent now, in one piece; empty if nothing is."""
-        data = b"".join(self._outgoing)
-        self._outgoing.clear()
-        self._outgoing_bytes = 0
+        """What is to be sent next, in one piece; empty if nothing is.
+
+        All that waits, or what stands before a frame of more than `ALONE_BYTES`, or such a frame: a photo is
+        not copied only to go out together with others.
+        """
+        waiting = self._outgoing
+        long = (at for at, packed in enumerate(waiting) if len(packed) > ALONE_BYTES)
+        count = max(1, next(long, len(waiting)))
+        data = b"".join(waiting[:count])  # of one alone: itself
+        del waiting[:count]
+        self._outgoing_bytes -= len(data)
         return data
 
     def _send(self, frame: Frame) -> int:

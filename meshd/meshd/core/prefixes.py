@@ -8,6 +8,10 @@ Invariant: equal tags mean the same entry node and life of it, the same caller, 
 same messages up to there. Who asks and which state are hashed in, so a tag of one caller or model is never that
 of another. A wrong match (8 bytes; 4 in what is gossiped) costs a detour, never a wrong answer: state is reused
 only as far as its own tokens are those of the prompt.
+
+So of an image or a sound, which may have millions of characters, only `SAMPLE` at equal distances are hashed, with
+its length and its end, where a PNG has its checksum. Compressed files that differ do so nearly everywhere; and to hash
+all of a photo would take longer than anything else that is done to it where a request enters.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Final
 from meshd_cms import StoreError
 from meshd_cms.entries import pack_value
 from meshd_plugins.api import Operation, Value
+from meshd_plugins.media import is_medium
 
 TAG_BYTES: Final = 8
 TAGS_MAX: Final = 8
@@ -29,6 +34,10 @@ WARM_MAX: Final = 16
 TOKENS_STEP: Final = 16
 """Tokens of a prefix are told in steps of so many, rounded down."""
 
+SAMPLE: Final = 1 << 16
+"""Characters of an image or a sound that are hashed; of a shorter one all."""
+
+_END: Final = 64  # characters
 _TOLD_TAG_BYTES: Final = 4
 _TOLD_BYTES: Final = _TOLD_TAG_BYTES + 2
 _STEPS_MAX: Final = 2**16 - 1
@@ -80,7 +89,7 @@ class Tagger:
             case _:
                 pieces = ()
         try:
-            packed = [pack_value(piece) for piece in pieces]
+            packed = [pack_value(_sampled(piece)) for piece in pieces]
             before = pack_value([caller, operation.value, body.get("tools")])
         except StoreError:
             packed, before = [], b""
@@ -94,6 +103,31 @@ class Tagger:
             if number >= len(pieces) - TAGS_MAX:
                 links.append(running.digest())
         return links
+
+
+def _sampled(message: Value) -> Value:
+    """A message with samples in the place of long images and sounds."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(message, Mapping) or not isinstance(content, list | tuple):
+        return message
+    return {**message, "content": [_sampled_part(part) for part in content]}
+
+
+def _sampled_part(part: Value) -> Value:
+    if not isinstance(part, Mapping) or not is_medium(part):
+        return part
+    kind = str(part["type"])
+    inner = part.get(kind)
+    if not isinstance(inner, Mapping):
+        return part
+    return {**part, kind: {name: _sample(value) for name, value in inner.items()}}
+
+
+def _sample(value: Value) -> Value:
+    if not isinstance(value, str) or len(value) <= SAMPLE:
+        return value
+    step = -(-len(value) // SAMPLE)  # rounded up
+    return [len(value), value[::step], value[-_END:]]
 
 
 def pack_tags(tags: Sequence[bytes]) -> bytes:

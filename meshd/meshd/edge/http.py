@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final, cast
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 import trio
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from meshd.core.bodies import BodyShare
     from meshd_plugins.api import Value
+
+    ObjectHook: TypeAlias = Callable[[dict[str, Value]], dict[str, Value]]
 
 JSON_TYPE: Final = b"application/json"
 SHARE_KEY: Final = "meshd.body_share"  # in the scope: what the request may hold, from its front
@@ -76,14 +78,18 @@ def _no_constant(text: str) -> object:
     raise ValueError(f"{text} is not JSON")
 
 
-def from_json(raw: bytes) -> dict[str, Value]:
+def from_json(raw: bytes, object_hook: ObjectHook | None = None) -> dict[str, Value]:
     """The JSON object in `raw`.
+
+    Args:
+        raw: UTF-8, or one of the others that JSON may come in.
+        object_hook: makes of each object in it what stands for it, the innermost first.
 
     Raises:
         RequestError: not JSON (with line and column), or not an object.
     """
     try:
-        value: object = json.loads(raw, parse_constant=_no_constant)
+        value: object = json.loads(raw, parse_constant=_no_constant, object_hook=object_hook)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise RequestError(

@@ -15,8 +15,9 @@ from meshd.edge.context import context_of, log_unexpected
 from meshd.edge.embeddings_request import parse_embeddings, parse_rerank
 from meshd.edge.errors import ClientGone, RequestError, problem_of
 from meshd.edge.events_json import event_to_plain, problem_to_plain
-from meshd.edge.http import from_json, read_body, send_json, to_json
-from meshd.edge.openai_messages import messages_of
+from meshd.edge.http import read_body, send_json, to_json
+from meshd.edge.json_photos import read_json
+from meshd.edge.openai_messages import check_to_the_end, messages_of
 from meshd.edge.openai_request import deadline, privacy, sampling
 from meshd.edge.openai_structure import structure_of_chat, structure_of_completion
 from meshd.edge.targets import AUTO, Models
@@ -116,7 +117,9 @@ class MeshAsk:
         limits = self._limits
         context = context_of(scope)
         raw = await read_body(scope, receive, limits.request_bytes_max, limits.body_deadline_s)
-        ask = self._ask_of(from_json(raw), context)
+        ask = self._ask_of(await read_json(raw), context)
+        del raw  # a photo need not be held twice
+        await check_to_the_end(ask.body)
         stream = EventStream(receive, send, b"application/x-ndjson", _BEAT, limits.heartbeat_s)
         stream.headers.extend(context.headers)
 

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Final
 from meshd.edge.asking import EventStream, Progress, asking, extension_of, until_gone, usage_of
 from meshd.edge.context import context_of, log_unexpected
 from meshd.edge.errors import ClientGone, problem_of
-from meshd.edge.http import from_json, read_body, send_json, to_json
+from meshd.edge.http import read_body, send_json, to_json
+from meshd.edge.json_photos import read_json
 from meshd.edge.openai_answer import Choice, Part
+from meshd.edge.openai_messages import check_to_the_end
 from meshd.edge.openai_request import Parsed, parse_chat, parse_completion
 from meshd.edge.targets import Models
 from meshd.orchestrate.events import Answered, Ask, AskEvent
@@ -67,9 +69,11 @@ class Completions:
         limits = self._limits
         context = context_of(scope)
         raw = await read_body(scope, receive, limits.request_bytes_max, limits.body_deadline_s)
-        parsed = self._dialect.parse(from_json(raw))
+        parsed = self._dialect.parse(await read_json(raw))
+        del raw  # a photo need not be held twice
         context.access.require(parsed.model)
         target = self._models.target_for(parsed.model)
+        await check_to_the_end(parsed.body)
         deadline_s = parsed.deadline_s or limits.deadline_default_s
         ask = Ask(
             target=target,

@@ -8,7 +8,8 @@ from typing import Final
 from meshd.edge.errors import RequestError
 from meshd.edge.fields import listed, mapped, missing, unsupported, utf8
 from meshd_plugins.api import Value
-from meshd_plugins.media import DETAILS, MEDIA_MAX, BadMedium, check_medium, is_medium
+from meshd_plugins.checking import check_media
+from meshd_plugins.media import DETAILS, MEDIA_MAX, BadMedium, is_medium, medium_of
 
 _MESSAGES_MAX: Final = 4096
 _CALLS_MAX: Final = 128
@@ -20,7 +21,8 @@ _OTHER_PARTS: Final = ("input_image", "audio_url", "video_url", "file")
 def messages_of(value: Value) -> list[dict[str, Value]]:
     """The messages of a chat: role and content, and what belongs to tools.
 
-    Content is a string, or, where a user's message holds images or sound, the list of its parts.
+    Content is a string, or, where a user's message holds images or sound, the list of its parts. Of those only the
+    beginnings and the ends were looked at: `check_to_the_end` does the rest, and goes before anything is done.
 
     Raises:
         RequestError: 400, with `param` naming the message and the field.
@@ -36,6 +38,23 @@ def messages_of(value: Value) -> list[dict[str, Value]]:
         _message(m, f"messages[{n}]", media)
         for n, m in enumerate(listed(value, "messages", _MESSAGES_MAX))
     ]
+
+
+async def check_to_the_end(body: Mapping[str, Value]) -> None:
+    """Check what `messages_of` leaves of the images and sounds in a body; others have their turn meanwhile.
+
+    Raises:
+        RequestError: 400, with `param` naming the part.
+    """
+    try:
+        await check_media(body.get("messages"))
+    except BadMedium as error:
+        raise _refusal(error) from error
+
+
+def _refusal(error: BadMedium) -> RequestError:
+    code = "invalid_value" if error.code == BadMedium.code else error.code
+    return RequestError(f"`{error.where}` {error.reason}", param=error.where, code=code)
 
 
 class _Media:
@@ -57,12 +76,9 @@ class _Media:
         if self._count > MEDIA_MAX:
             raise RequestError(f"`{where}`: more than {MEDIA_MAX} images and sounds", param=where)
         try:
-            check_medium(given, where)
+            medium_of(given, where)
         except BadMedium as error:
-            code = "invalid_value" if error.code == BadMedium.code else error.code
-            raise RequestError(
-                f"`{error.where}` {error.reason}", param=error.where, code=code
-            ) from error
+            raise _refusal(error) from error
         inner = mapped(given[kind], f"{where}.{kind}")
         detail = inner.get("detail")
         if detail is not None and detail not in DETAILS:

@@ -23,11 +23,11 @@ from meshd_plugins.api import (
 from meshd_plugins.builtin.adopt.calls import Call
 from meshd_plugins.builtin.adopt.errors import Broken
 from meshd_plugins.builtin.adopt.rates import Timing, from_llama_server, from_ollama
-from meshd_plugins.builtin.adopt.survey import error_message
 from meshd_plugins.builtin.adopt.untrusted import (
     ServerSentEvents,
     clean,
     count,
+    error_message,
     parse_json,
     rows,
     sound,

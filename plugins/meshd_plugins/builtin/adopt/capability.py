@@ -32,7 +32,9 @@ from meshd_plugins.builtin.adopt.errors import ServerError, TooLarge
 from meshd_plugins.builtin.adopt.rates import Timing
 from meshd_plugins.builtin.adopt.refusals import failure, refuse
 from meshd_plugins.builtin.adopt.served import Served
+from meshd_plugins.builtin.adopt.tools import ToolDuty
 from meshd_plugins.builtin.adopt.untrusted import Lines
+from meshd_plugins.checking import check_media
 
 ANSWER_BYTES_MAX: Final = 64 * 1024 * 1024  # of a stream: about 200,000 tokens
 TRAILER_S: Final = 2.0  # for the usage, once the answer is complete
@@ -63,7 +65,11 @@ class AdoptedCapability:
             return
         model = self._descriptor.model
         modalities = model.modalities if model is not None else TEXT_ONLY
-        call = call_of(served.kind, served.model, request.operation, request.body, modalities)
+        duty = ToolDuty(request.body, served.tools)
+        asked = duty.body_for(served.kind)
+        call = call_of(served.kind, served.model, request.operation, asked, modalities)
+        if request.operation is Operation.CHAT:
+            await check_media(request.body.get("messages"))
         answer = answer_to(call, request.operation)
         with served.traffic.one():
             stopwatch = _Stopwatch(served)
@@ -77,13 +83,17 @@ class AdoptedCapability:
                             await refuse(served, response)
                     stream = _Stream(response, answer, served.config)
                     while (chunk := await stream.next()) is not None:
-                        yield chunk  # noqa: ASYNC119
+                        for ready in duty.take(chunk):
+                            yield ready  # noqa: ASYNC119
                 except ServerError as error:
                     raise failure(served, error) from error
             if not answer.is_complete:
                 served.troubled()
             done = answer.done()
             stopwatch.note(stream, answer, done)
+            left, done = duty.end(done)
+        for ready in left:
+            yield ready  # noqa: ASYNC119
         yield done  # noqa: ASYNC119
 
 

@@ -28,6 +28,7 @@ from meshd_plugins.builtin.adopt.errors import Broken, Slow, TooLarge, Unreachab
 
 HEAD_BYTES_MAX: Final = 32 * 1024
 PIECE_BYTES: Final = 16 * 1024
+SEND_BYTES: Final = 256 * 1024  # in one go: what is encrypted at once
 INFORMATIONAL_MAX: Final = 4  # answers of the 1xx kind before the real one
 KEY_BYTES_MAX: Final = 4096
 
@@ -145,11 +146,13 @@ class Client:
             ]
         request = h11.Request(method=method, target=self.address.path + path, headers=headers)
         out = wire.send(request) or b""
-        if body is not None:
-            out += wire.send(h11.Data(data=body)) or b""
-        out += wire.send(h11.EndOfMessage()) or b""
+        sent = wire.send(h11.Data(data=body)) if body is not None else None
+        rest = memoryview(sent or b"")
+        wire.send(h11.EndOfMessage())  # which is nothing, behind a body with its length
         with suppress(trio.BrokenResourceError):  # it may have refused without reading all of it
-            await stream.send_all(out)
+            await stream.send_all(out + rest[:SEND_BYTES])
+            for at in range(SEND_BYTES, len(rest), SEND_BYTES):
+                await stream.send_all(rest[at : at + SEND_BYTES])
         for _ in range(INFORMATIONAL_MAX + 1):
             event = await _next_event(wire, stream)
             if isinstance(event, h11.Response):

@@ -263,7 +263,7 @@ class Keeper:
         for model in survey.models:
             key = (model.id, model.digest)
             served = self._served.get(key) or self._new_served(model, survey.kind, client)
-            served.is_warm = model.is_warm
+            served.is_warm, served.tools = model.is_warm, model.tools
             served_now[key] = served
             for descriptor in self._described(model, survey, served):
                 wanted.setdefault(descriptor.id, (descriptor, served))

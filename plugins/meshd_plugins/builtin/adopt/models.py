@@ -10,6 +10,7 @@ from typing import Final
 
 from meshd_plugins.api import Descriptor, ModelFacts, Operation, Rates, Value
 from meshd_plugins.builtin.adopt.config import Kind, ServerConfig
+from meshd_plugins.builtin.adopt.tools import Tools
 
 CHAT_NAME: Final = "knowledge.gpt/general"
 EMBED_NAME: Final = "computation.gpt/embed"
@@ -38,6 +39,7 @@ class ServedModel:
     context_tokens: int = 0  # of one request as it is served; 0: not known
     chat_template_digest: str = ""
     modalities: tuple[str, ...] = ("text",)
+    tools: Tools = Tools.UNKNOWN
     is_warm: bool | None = None  # in memory now; None: the server does not say
 
 
@@ -140,6 +142,8 @@ def _fields(
         fields["quant"] = facts.quantisation.lower()
     if rates is not None and rates.decode_tokens_per_s:
         fields["tokens_per_s"] = rates.decode_tokens_per_s
+    if model.tools is Tools.APPLIED and model.chats:
+        fields["tools"] = "native"
     if model.is_warm is not None:
         fields["resident"] = model.is_warm
     return fields

@@ -9,8 +9,7 @@ from meshd_plugins.api import BadRequest, CapabilityError, Failed, Refused, Valu
 from meshd_plugins.builtin.adopt.client import Response
 from meshd_plugins.builtin.adopt.errors import Broken, ServerError, Slow, TooLarge, Unreachable
 from meshd_plugins.builtin.adopt.served import Served
-from meshd_plugins.builtin.adopt.survey import error_message
-from meshd_plugins.builtin.adopt.untrusted import clean, parse_json, table
+from meshd_plugins.builtin.adopt.untrusted import clean, error_message, parse_json, table
 
 ERROR_BYTES_MAX: Final = 64 * 1024
 _TOO_LONG: Final = ("maximum context length", "exceeds the context length", "too large to process")

@@ -11,6 +11,7 @@ from meshd_plugins.api import Refused
 from meshd_plugins.builtin.adopt.client import Client
 from meshd_plugins.builtin.adopt.config import Kind, ServerConfig
 from meshd_plugins.builtin.adopt.rates import Meter
+from meshd_plugins.builtin.adopt.tools import Tools
 
 REQUESTS_MAX: Final = 256  # of one server at once; each is a connection
 
@@ -48,4 +49,5 @@ class Served:
     gone: Callable[[str], None]  # told of a model that its server does not have any more
     meter: Meter = field(default_factory=Meter)
     is_warm: bool | None = None
+    tools: Tools = Tools.UNKNOWN
     was_measured: bool = False  # by a request of our own, or it was tried

@@ -21,7 +21,15 @@ from meshd_plugins.builtin.adopt.client import Client, within
 from meshd_plugins.builtin.adopt.config import Kind, ServerConfig
 from meshd_plugins.builtin.adopt.errors import Broken, Denied, Loading, NotOurs
 from meshd_plugins.builtin.adopt.models import ServedModel, looks_like_embedding
-from meshd_plugins.builtin.adopt.untrusted import clean, count, parse_json, rows, table
+from meshd_plugins.builtin.adopt.tools import PROBE, Tools, tools_of
+from meshd_plugins.builtin.adopt.untrusted import (
+    clean,
+    count,
+    error_message,
+    parse_json,
+    rows,
+    table,
+)
 
 ANSWER_S: Final = 5.0
 ANSWER_BYTES_MAX: Final = (
@@ -218,6 +226,7 @@ class Surveyor:
                     context_tokens=count(meta.get("n_ctx")) or count(generation.get("n_ctx")),
                     chat_template_digest=_digest(props.get("chat_template")),
                     modalities=("text", *("image" if kind == "vision" else kind for kind in seen)),
+                    tools=await self._tools(name) if len(listed) == 1 else Tools.UNKNOWN,
                 )
             )
         return [model for model in found if model.id]
@@ -226,6 +235,11 @@ class Surveyor:
         """Whether a llama-server embeds: it only says when it is asked to."""
         answer = await self._ask("POST", "/v1/embeddings", {"model": name, "input": "a"})
         return answer.status == 200
+
+    async def _tools(self, name: str) -> Tools:
+        """Whether a llama-server tells its model of tools, as a prompt that it makes shows."""
+        answer = await self._ask("POST", "/apply-template", {"model": name, **PROBE})
+        return tools_of(answer.status, answer.value)
 
     async def _openai(self) -> list[ServedModel]:
         found: list[ServedModel] = []
@@ -273,14 +287,6 @@ class Surveyor:
         if response.status in (429, 503):
             raise Loading(f"{self._client.address} is starting or too busy: {_message(content)}")
         return _Answer(response.status, response.headers, _json_or_none(content))
-
-
-def error_message(value: Value) -> str:
-    """What an error in OpenAI's, llama-server's or Ollama's shape says, cleaned; "" where it says nothing."""
-    error = table(value).get("error")
-    if isinstance(error, Mapping):
-        return clean(error.get("message"))
-    return clean(error) or clean(table(value).get("message")) or clean(table(value).get("detail"))
 
 
 def _message(content: bytes) -> str:

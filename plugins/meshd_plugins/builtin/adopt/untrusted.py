@@ -118,3 +118,11 @@ class ServerSentEvents:
             if self._bytes > LINE_BYTES_MAX:
                 raise TooLarge(f"the server sent an event of more than {LINE_BYTES_MAX} bytes")
         return None
+
+
+def error_message(value: Value) -> str:
+    """What an error in OpenAI's, llama-server's or Ollama's shape says, cleaned; "" where it says nothing."""
+    error = table(value).get("error")
+    if isinstance(error, Mapping):
+        return clean(error.get("message"))
+    return clean(error) or clean(table(value).get("message")) or clean(table(value).get("detail"))

@@ -27,6 +27,7 @@ from meshd_plugins.api import (
 )
 from meshd_plugins.builtin.llama.serving.requests import TEXT_ONLY, worker_message
 from meshd_plugins.builtin.llama.serving.warmth import WarmPrefixes
+from meshd_plugins.checking import check_media
 
 
 class Served(Protocol):
@@ -61,6 +62,8 @@ class LlamaCapability:
         model = self._descriptor.model
         modalities = model.modalities if model is not None else TEXT_ONLY
         message = worker_message(request.operation, request.body, modalities)
+        if "media" in message:
+            await check_media(request.body.get("messages"))
         message |= {
             "caller": request.caller,
             "privacy": int(request.privacy),

@@ -40,6 +40,9 @@ def worker_message(
 ) -> dict[str, Value]:
     """Check a request and put it into the worker's words.
 
+    Images and sound go on as they came, for the worker to decode: there nobody waits meanwhile. Of them only the
+    beginnings and the ends are looked at here; `check_media` does the rest.
+
     Args:
         operation: CHAT or COMPLETE.
         body: as the client or the peer sent it.
@@ -169,7 +172,7 @@ def read_choice(value: Value, tools: Sequence[Value]) -> str:
 def read_messages(
     value: Value, modalities: Sequence[str] = TEXT_ONLY
 ) -> tuple[list[Value], list[Value]]:
-    """The conversation, and the images and sounds in it as the files that they are.
+    """The conversation, and the images and sounds in it: each a `data:` URL, or base64.
 
     Content is a text; or, where there are media in it, a list of {"text"} and {"media": n}, the n-th of all.
 
@@ -210,7 +213,7 @@ class _Media:
                 f"{where}: this model reads no {medium.format}; send PNG or JPEG",
                 code="unsupported_modality",
             )
-        self.found.append(medium.data)
+        self.found.append(medium.text)
         return {"media": len(self.found) - 1}
 
 

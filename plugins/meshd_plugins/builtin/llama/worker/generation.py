@@ -142,8 +142,8 @@ class Generation:
         if self._media is None:
             raise BadCall("this model reads text only", "unsupported_modality")
         assert isinstance(media, Sequence)
-        blobs = [each for each in media if isinstance(each, bytes)]
-        if self._media.begin(call_id, scope.caller, blobs):
+        encoded = [each for each in media if isinstance(each, str)]
+        if self._media.begin(call_id, scope.caller, encoded):
             self._reading[call_id] = reading
         else:
             self._refuse(call_id)

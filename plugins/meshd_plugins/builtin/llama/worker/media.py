@@ -22,6 +22,7 @@ from meshd_plugins.builtin.llama.engine.media import media_tokens
 from meshd_plugins.builtin.llama.worker.media_files import MediumUnusable
 from meshd_plugins.builtin.llama.worker.mtmd import Encoded, Piece
 from meshd_plugins.builtin.llama.worker.parts import EXIT_MEDIA, fail
+from meshd_plugins.media import NOT_BASE64, decoded
 
 KEPT_BYTES_MAX: Final = 64 * 1024 * 1024  # of embeddings that no request needs
 READ_MAX_S: Final = 900.0  # for all media of one request
@@ -41,7 +42,7 @@ class Read:
 class _Order:
     call: int
     caller: str
-    media: Sequence[bytes]
+    media: Sequence[str]
     cancelled: bool = False
 
 
@@ -142,8 +143,8 @@ class MediaReader:
         """Whether the other thread computes."""
         return self._current is not None
 
-    def begin(self, call: int, caller: str, media: Sequence[bytes]) -> bool:
-        """Take the media of a request; False: too many wait."""
+    def begin(self, call: int, caller: str, media: Sequence[str]) -> bool:
+        """Take the media of a request: `data:` URLs, or base64. False: too many wait."""
         with self._changed:
             if len(self._waiting) >= WAITING_MAX:
                 return False
@@ -179,7 +180,7 @@ class MediaReader:
                 order = self._current = self._waiting.popleft()
                 self._began_s = time.monotonic()
             try:
-                read = Read(order.call, tuple(self._tokens(order, data) for data in order.media))
+                read = Read(order.call, tuple(self._tokens(order, text) for text in order.media))
             except MediumUnusable as error:
                 read = Read(order.call, wrong=str(error))
             except Exception:  # noqa: BLE001  whatever it is, all others would wait for ever
@@ -191,11 +192,11 @@ class MediaReader:
                 self._ready.append(read)
             self._wake()
 
-    def _tokens(self, order: _Order, data: bytes) -> tuple[int, ...]:
+    def _tokens(self, order: _Order, text: str) -> tuple[int, ...]:
         if order.cancelled:
             raise MediumUnusable("nobody waits for it")
         tokens: list[int] = []
-        with self._encoder.read(data) as pieces:
+        with self._encoder.read(_file(text)) as pieces:
             for piece in pieces:
                 if piece.key:
                     tokens += self._encoded(order, piece)
@@ -215,3 +216,17 @@ class MediaReader:
         if not self.embeddings.use(key, order.call):
             self.embeddings.put(key, self._encoder.encode(piece), order.call)
         return media_tokens(key, piece.count, piece.positions, at_once=piece.at_once)
+
+
+def _file(text: str) -> bytes:
+    """What a `data:` URL or base64 stands for. Raises MediumUnusable."""
+    steps = decoded(text, begin=text.find(",") + 1)
+    try:
+        while True:
+            next(steps)
+            time.sleep(0)  # let go of the interpreter: the step loop needs it too
+    except StopIteration as end:
+        data: bytes = end.value
+        return data
+    except ValueError:  # although the daemon has checked it
+        raise MediumUnusable(f"the picture or sound {NOT_BASE64}") from None
