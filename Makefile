@@ -11,7 +11,6 @@ PYTEST ?=
 # Test processes beside each other: one more than processors, since what takes long mostly waits. With options, none.
 JOBS ?= $(if $(PYTEST),0,$(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1))))
 SOURCES := meshd cms naming plugins
-BANDIT = $(BIN)/bandit --quiet --configfile pyproject.toml --recursive $(SOURCES) deploy
 
 # ASYNC114: wants a list of every startable function. ASYNC124: handlers of Starlette and hooks are async
 # by contract, with or without an await. ASYNC9xx: opt-in rules for libraries without structured callers.
@@ -22,7 +21,7 @@ override ASK := $(value ASK)
 export ASK PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-stop test check audit format sim fuzz plots bench bench-gossip build clean
+.PHONY: help venv demo demo-stop test check check-style check-mypy check-pyright check-async check-imports check-bandit audit format sim fuzz plots bench bench-gossip build clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,17 +38,28 @@ demo-stop: venv ## end the mesh that KEEP=1 left running
 test: venv ## all tests; PYTEST='-k name' passes options, JOBS=N processes beside each other
 	@$(BIN)/python -m pytest -n $(JOBS) $(PYTEST)
 
-check: venv ## linters, types, import rules, bandit
+check: check-style check-mypy check-pyright check-async check-imports check-bandit ## linters, types, import rules, bandit; -j runs them beside each other
+
+check-style: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/flake8 --select=ASYNC --extend-ignore=$(FLAKE8_IGNORED) $(SOURCES)
-	$(BIN)/mypy
-	$(BIN)/pyright
-	$(BIN)/lint-imports
-	$(BANDIT)
 
-audit: venv ## bandit; are the installed packages the pinned ones, has any a known advisory
-	$(BANDIT)
+check-mypy: venv
+	$(BIN)/mypy
+
+check-pyright: venv
+	$(BIN)/pyright
+
+check-async: venv
+	$(BIN)/flake8 --select=ASYNC --extend-ignore=$(FLAKE8_IGNORED) $(SOURCES)
+
+check-imports: venv
+	$(BIN)/lint-imports
+
+check-bandit: venv
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive $(SOURCES) deploy
+
+audit: venv ## are the installed packages the pinned ones, has any a known advisory
 	@$(BIN)/python deploy/audit.py
 
 format: venv ## let ruff format and mend what it can
