@@ -221,6 +221,23 @@ def test_cancelling_what_runs_reaches_the_capability_and_frees_the_slot() -> Non
     run(body)
 
 
+def test_who_asks_much_gives_way_at_once_to_who_asks_little() -> None:
+    setup = Setup(saying("x", gap_s=1.0))
+
+    async def body() -> None:
+        async with trio.open_nursery() as nursery:
+            for number in range(3):
+                nursery.start_soon(setup.note, request(number, caller="greedy"))
+                await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(setup.note, request(4, caller="modest"))
+            await trio.testing.wait_all_tasks_blocked()
+            assert setup.ends == ["busy"], "so that it can be asked of another node"
+            assert setup.host.busy() == {GENERAL: (1, 2)}
+
+    run(body)
+    assert setup.ends == ["busy", "ok", "ok", "ok"]
+
+
 def test_cancelling_what_waits_frees_its_place() -> None:
     setup = Setup(saying("x", gap_s=3.0), queue_max=1)
 

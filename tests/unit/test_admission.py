@@ -98,6 +98,26 @@ def test_a_door_full_of_long_requests_says_so_before_one_has_ended() -> None:
     assert door.request(ticket(deadline_s=100.0), 70.0) == Queued(1, 27.5)
 
 
+def test_where_the_queue_is_full_who_has_most_gives_way_to_who_has_least() -> None:
+    door = admission(queue_max=3)
+    greedy = [ticket("greedy") for _ in range(4)]
+    for one in greedy:
+        door.request(one, 0.0)
+    assert isinstance(door.request(ticket("greedy"), 0.0), Refused)
+    modest = ticket("modest")
+    verdict = door.request(modest, 0.0)
+    assert isinstance(verdict, Queued)
+    assert verdict.gave_way is greedy[3]
+    assert isinstance(door.request(ticket("modest"), 0.0), Refused), "two of three are no more"
+    order: list[Ticket] = []
+    running = greedy[0]
+    while started := door.release(running, 1.0):
+        [running] = started
+        order.append(running)
+    assert order == [greedy[1], modest, greedy[2]]
+    assert door.counters()["gave_way"] == 1
+
+
 def test_late_tickets_are_stepped_over_and_handed_back() -> None:
     door = admission()
     first, late, good = ticket(), ticket(deadline_s=5.0), ticket()
@@ -157,9 +177,15 @@ class DoorMachine(RuleBasedStateMachine):
         match self.door.request(one, self.now_s):
             case Admitted():
                 self.running.append(one)
-            case Queued(position, wait_s):
+            case Queued(position, wait_s, gave_way):
                 assert 1 <= position <= len(self.waiting) + 1
                 assert self.now_s + wait_s + service_s <= one.deadline_s + 1e-9
+                if gave_way is not None:
+                    assert len(self.waiting) == self.config.queue_max
+                    theirs = [each.caller for each in self.waiting]
+                    assert theirs.count(gave_way.caller) >= theirs.count(caller) + 2
+                    self.waiting.remove(gave_way)
+                    self.done += 1
                 self.waiting.append(one)
             case Refused(code):
                 assert code == ("draining" if self.drained else "busy")

@@ -6,10 +6,11 @@ cover the expected wait and service: a refusal in a millisecond lets the caller 
 timeout does not.
 
 The queue is first come, first served for each caller, and callers take turns, so that one that sends
-many requests delays itself and not the others.
+many requests delays itself and not the others. Where it is full, the latest ticket of the caller with most gives way
+to one of a caller with at least two fewer: who sends many fills no queue against the others either.
 
 Invariants: never more than `slots` run; never more than `queue_max` wait; a ticket is in exactly one place
-(running, waiting, or handed back: refused, admitted by `release`, returned by `expire` or `drain`, or
+(running, waiting, or handed back: refused, admitted by `release`, given way, returned by `expire` or `drain`, or
 cancelled); no slot is free while a ticket that can still make its deadline waits.
 """
 
@@ -56,6 +57,7 @@ class Queued:
 
     position: int  # tickets before it at the latest, and itself: 1 is next
     wait_s: float  # expected; 0.0 when no service time is known yet
+    gave_way: Ticket | None = None  # it waited, and is to be refused as `busy`
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Admission:
                 "queued",
                 "refused_busy",
                 "refused_deadline",
+                "gave_way",
                 "refused_draining",
                 "cancelled",
                 "expired",
@@ -108,17 +111,25 @@ class Admission:
                 return self._refuse_late(ticket.service_s, remaining_s)
             self._start(ticket, now_s)
             return Admitted()
+        giving_way = None
         if self._waiting_count >= self.config.queue_max:
+            giving_way = self._with_most(ticket.caller)
+        if self._waiting_count >= self.config.queue_max and giving_way is None:
             waits = f"{len(self._running)} run and {self._waiting_count} wait"
             return self._refuse("busy", "refused_busy", waits)
         position = self._position(ticket.caller)
         wait_s = self.held_s(now_s) * position / self.config.slots
         if wait_s + ticket.service_s > remaining_s:
             return self._refuse_late(wait_s + ticket.service_s, remaining_s)
+        gave_way = None
+        if giving_way is not None:
+            gave_way = self._waiting[giving_way].pop()
+            self._waiting_count -= 1
+            self._counters["gave_way"] += 1
         self._waiting.setdefault(ticket.caller, deque()).append(ticket)
         self._waiting_count += 1
         self._counters["queued"] += 1
-        return Queued(position, wait_s)
+        return Queued(position, wait_s, gave_way)
 
     def release(self, ticket: Ticket, now_s: float) -> tuple[Ticket, ...]:
         """A running request ended, however; returns the tickets that have a slot from now on.
@@ -231,6 +242,13 @@ class Admission:
         own = len(self._waiting.get(caller, ()))
         others = (len(queue) for other, queue in self._waiting.items() if other != caller)
         return own + 1 + sum(min(count, own + 1) for count in others)
+
+    def _with_most(self, caller: str) -> str | None:
+        """The caller with most that wait, if that is at least two more than this one has."""
+        most = max(self._waiting, key=lambda each: len(self._waiting[each]), default=None)
+        if most is None or len(self._waiting[most]) < len(self._waiting.get(caller, ())) + 2:
+            return None
+        return most
 
     def _forget_if_empty(self, caller: str) -> None:
         if not self._waiting[caller]:

@@ -7,7 +7,7 @@ so slots, queue bounds, draining and the contract of `meshd_plugins.api` hold fo
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from traceback import extract_tb
 from typing import assert_never, cast
@@ -63,6 +63,14 @@ class Departure:
 
 
 @dataclass(slots=True)
+class _Turn:
+    """A ticket that waits."""
+
+    come: trio.Event = field(default_factory=trio.Event)  # with a slot, or without one
+    gave_way: bool = False
+
+
+@dataclass(slots=True)
 class _Hosted:
     """One registered capability with its door."""
 
@@ -103,7 +111,7 @@ class CapabilityHost:
         self._changed = changed
         self._load_changed = load_changed
         self._log = log
-        self._waiting: dict[Ticket, trio.Event] = {}
+        self._waiting: dict[Ticket, _Turn] = {}
         self._draining = False
         self._in_flight = 0
         self._tunnels: dict[int, trio.CancelScope] = {}
@@ -151,7 +159,7 @@ class CapabilityHost:
 
     def _turn_away(self, door: Admission) -> None:
         for ticket in door.drain():
-            self._waiting[ticket].set()
+            self._waiting[ticket].come.set()
 
     def _door(self, descriptor: Descriptor) -> Admission:
         door = Admission(AdmissionConfig(descriptor.slots, self._queue_max))
@@ -323,7 +331,11 @@ class CapabilityHost:
         match verdict:
             case Admitted():
                 pass
-            case Queued():
+            case Queued(gave_way=other):
+                if other is not None:
+                    turn = self._waiting[other]
+                    turn.gave_way = True
+                    turn.come.set()
                 await self._wait_for_slot(hosted, ticket)
             case doors.Refused():
                 raise Refused(f"{hosted.descriptor.id}: {verdict.message}", code=verdict.code)
@@ -339,9 +351,9 @@ class CapabilityHost:
     async def _wait_for_slot(self, hosted: _Hosted, ticket: Ticket) -> None:
         """Return with a slot, or raise without one."""
         door = hosted.door
-        turn = self._waiting[ticket] = trio.Event()
+        turn = self._waiting[ticket] = _Turn()
         try:
-            await turn.wait()
+            await turn.come.wait()
         except trio.Cancelled:
             if door.holds(ticket):  # admitted and cancelled in the same moment
                 self._release(door, ticket)
@@ -350,13 +362,15 @@ class CapabilityHost:
             raise
         finally:
             del self._waiting[ticket]
+        if turn.gave_way:
+            raise Refused(f"{hosted.descriptor.id}: it gave way to others' requests", code="busy")
         if not door.holds(ticket):
             code = "draining" if self._draining else "not_here"
             raise Refused(f"{hosted.descriptor.id} takes no new work", code=code)
 
     def _release(self, door: Admission, ticket: Ticket) -> None:
         for admitted in door.release(ticket, trio.current_time()):
-            self._waiting[admitted].set()
+            self._waiting[admitted].come.set()
 
     async def _run(self, hosted: _Hosted, request: Request, emit: Emit) -> Done:
         """Pull the events of one invocation; what `emit` raises is not the capability's fault."""
