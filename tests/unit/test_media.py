@@ -135,8 +135,8 @@ def test_only_whole_and_plain_base64_is_read(
     whole = b64encode(png() + bytes(300 + more)).decode()
     text = whole[:at] + put + whole[at:]
     text = text[: len(text) - cut]
-    try:
-        expected = b64decode(text, validate=True)
+    try:  # Python's decoder takes a "=" too many
+        expected = None if len(text) % 4 else b64decode(text, validate=True)
     except ValueError:
         expected = None
     part: dict[str, Value] = {"type": "image_url", "image_url": {"url": PNG + text}}
