@@ -215,7 +215,7 @@ class PluginManager:
         return self._merged("meshd_load")
 
     def complaints(self) -> dict[str, tuple[Complaint, ...]]:
-        """What plugins think is wrong now, by their names."""
+        """What plugins think is wrong now, by their names, and which are left out."""
         found: dict[str, tuple[Complaint, ...]] = {}
         for name, plugin in self._active():
             if plugin.hooks is None:
@@ -226,6 +226,16 @@ class PluginManager:
                 mine = tuple(item for item in items if isinstance(item, Complaint))
                 if mine:
                     found[name] = mine[:COMPLAINTS_MAX]
+        for name, plugin in self._plugins.items():
+            if plugin.state is State.QUARANTINED:
+                found[name] = (
+                    Complaint(
+                        f"the plugin {name} is left out: {plugin.reason}",
+                        f"mend what it names (its table is [plugins.{name}]) and restart meshd; or "
+                        "leave it out yourself: plugins.disable",
+                        is_error=True,
+                    ),
+                )
         return found
 
     def status(self) -> list[dict[str, Value]]:

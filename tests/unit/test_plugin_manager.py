@@ -130,6 +130,10 @@ def test_a_raising_plugin_is_quarantined_with_its_reason_and_the_others_go_on(
     assert world.capabilities["araises"].added == ()
     assert world.state("good") == ("active", "")
     assert world.log.events("error") == ["plugin.quarantined"]
+    [(name, (told,))] = world.manager.complaints().items()
+    assert (name, told.is_error) == ("araises", True)
+    assert "the plugin araises is left out: ValueError in meshd_register: boom" in told.message
+    assert "[plugins.araises]" in told.remedy
 
 
 @pytest.mark.parametrize(

@@ -311,8 +311,8 @@ def _operate(
             click.echo(json.dumps({"event": "error", **error.error}, ensure_ascii=False))
         if error.error.get("code") == "unknown_operation":
             raise CommandError(
-                f"this node cannot run language models: {error.message}. They need the plugin {PLUGIN}, and beside "
-                "meshd: pip install 'edge-meshd[llama]'",
+                f"this node cannot run language models: {error.message} (they need the plugin "
+                f"{PLUGIN}, and beside meshd: pip install 'edge-meshd[llama]')",
                 Exit.NOT_SERVED,
             ) from error
         raise
