@@ -111,10 +111,9 @@ class Admission:
                 return self._refuse_late(ticket.service_s, remaining_s)
             self._start(ticket, now_s)
             return Admitted()
-        giving_way = None
-        if self._waiting_count >= self.config.queue_max:
-            giving_way = self._with_most(ticket.caller)
-        if self._waiting_count >= self.config.queue_max and giving_way is None:
+        is_full = self._waiting_count >= self.config.queue_max
+        giving_way = self._with_most(ticket.caller) if is_full else None
+        if is_full and giving_way is None:
             waits = f"{len(self._running)} run and {self._waiting_count} wait"
             return self._refuse("busy", "refused_busy", waits)
         position = self._position(ticket.caller)
@@ -204,11 +203,6 @@ class Admission:
     def counters(self) -> Mapping[str, int]:
         """Events since the start, by kind; a closed set."""
         return dict(self._counters)
-
-    @property
-    def service_s(self) -> float:
-        """Running mean of service times, 0.0 before the first."""
-        return self._service_s
 
     def _start(self, ticket: Ticket, now_s: float) -> None:
         self._running[ticket] = now_s

@@ -50,7 +50,7 @@ def capability_value(descriptor: Descriptor) -> dict[str, Value]:
     value: dict[str, Value] = {
         "name": descriptor.name,
         "operations": [str(operation) for operation in descriptor.operations],
-        "summary": _cut(descriptor.summary, SUMMARY_CHARS_MAX),
+        "summary": cut_text(descriptor.summary, SUMMARY_CHARS_MAX),
         "slots": descriptor.slots,
         "privacy": int(descriptor.privacy),
     }
@@ -82,7 +82,7 @@ def model_value(model: ModelFacts) -> dict[str, Value]:
         "quantisation": model.quantisation,
         "context_tokens": model.context_tokens,
         "size_bytes": model.size_bytes,
-        "licence": _cut(model.licence, LICENCE_CHARS_MAX),
+        "licence": cut_text(model.licence, LICENCE_CHARS_MAX),
         "modalities": list(model.modalities),
         "chat_template_digest": model.chat_template_digest,
         "pooling": model.pooling,
@@ -291,5 +291,6 @@ def _batch_rate(value: Value) -> tuple[int, float]:
     return batch, number(pair[1], "decode_by_batch")
 
 
-def _cut(line: str, chars_max: int) -> str:
+def cut_text(line: str, chars_max: int) -> str:
+    """At most so many characters, the last of which says that there were more."""
     return line if len(line) <= chars_max else line[: chars_max - 1] + "…"

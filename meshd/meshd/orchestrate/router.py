@@ -32,6 +32,7 @@ from meshd.orchestrate.events import (
 )
 from meshd.orchestrate.host import CapabilityHost, Emit
 from meshd.orchestrate.modalities import needed_by, nobody_takes
+from meshd.orchestrate.records import cut_text
 from meshd.orchestrate.warmth import Beginning, Warmth
 from meshd_cms import NodeId, node_id_text
 from meshd_naming import Candidate, Offer, ResolveOptions
@@ -396,13 +397,9 @@ def _attempt_failed(
         capability_id=offer.capability_id,
         attempt=attempt,
         refused=isinstance(failure, Refused),
-        code=_cut(failure.code),
-        reason=_cut(failure.message),
+        code=cut_text(failure.code, REASON_CHARS_MAX),
+        reason=cut_text(failure.message, REASON_CHARS_MAX),
     )
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= REASON_CHARS_MAX else text[: REASON_CHARS_MAX - 1] + "…"
 
 
 def _subtask_done(

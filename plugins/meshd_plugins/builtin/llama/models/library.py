@@ -326,13 +326,8 @@ class Library:
         if self._entries.get(entry.id) is not entry:  # removed meanwhile
             raise self.unknown(entry.id)
         await trio.to_thread.run_sync(self._folder.save, changed)
-        job.begin("withdrawing")
-        del self._entries[entry.id]
-        self._changed.set()
         try:
-            if self._residents is not None and entry.id not in self._configured:
-                with trio.move_on_after(WITHDRAW_S):
-                    await self._residents.withdraw(entry.id)
+            await self._withdraw(entry, job)
         finally:
             self._keep(changed)
         for each in self._projectors_left_by(entry):
@@ -402,13 +397,8 @@ class Library:
         return [other.id for other in self.entries() if entry.path in other.uses]
 
     async def _remove(self, entry: Entry, job: Job) -> Item:
-        job.begin("withdrawing")
-        del self._entries[entry.id]
-        self._changed.set()
         try:
-            if self._residents is not None and entry.id not in self._configured:
-                with trio.move_on_after(WITHDRAW_S):
-                    await self._residents.withdraw(entry.id)
+            await self._withdraw(entry, job)
         except BaseException:
             self._keep(entry)  # nothing was deleted: it is as it was
             raise
@@ -420,6 +410,15 @@ class Library:
         left = "" if entry.kept else entry.path
         beside: list[Value] = [each.id for each in gone[1:]]
         return {"id": entry.id, "freed_bytes": freed, "left": left, "with": beside}
+
+    async def _withdraw(self, entry: Entry, job: Job) -> None:
+        """Serve it no more; whoever uses it has `WITHDRAW_S` to end."""
+        job.begin("withdrawing")
+        del self._entries[entry.id]
+        self._changed.set()
+        if self._residents is not None and entry.id not in self._configured:
+            with trio.move_on_after(WITHDRAW_S):
+                await self._residents.withdraw(entry.id)
 
     async def _forget(self, entry: Entry) -> None:
         self._entries.pop(entry.id, None)
